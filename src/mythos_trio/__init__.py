@@ -1,0 +1,1 @@
+"""mythos-trio: see README.rst."""

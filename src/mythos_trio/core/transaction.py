@@ -1,0 +1,156 @@
+"""What one change does: effects in the order of the calls, committed together or not at all.
+
+A publication, what a handler did, a session's begin or end and a mark of presence are all
+transactions. They pass one queue, are committed by the store in that order, and are then applied to
+the memory of the server (`mythos_trio.hub`) in the same order, so that what is live and what is
+stored are the same stream.
+
+A number of the store's order is given to every effect that has a place in it (`takes_number`).
+"""
+
+from __future__ import annotations
+
+from typing import Final, TypeAlias
+
+from attrs import define, field, frozen
+
+MAX_EFFECTS: Final = 1000
+MAX_EFFECT_BYTES: Final = 1 << 20
+
+
+@frozen
+class Append:
+    """A message to a target (`names.to_player`, `names.to_channel` or `names.EVERYONE`).
+
+    *body* is the message as a JSON object without ``seq``; it begins with ``{"id":``.
+    *digest* is of what the publisher said; None if nobody but the server knows the id, so that it
+    need not be looked for. *content_type* is the message's ``type``, for logs.
+    """
+
+    target: str
+    id: str
+    body: bytes
+    digest: bytes | None = None
+
+
+@frozen
+class Subscribe:
+    player_id: str
+    session_id: str
+    channel: str
+
+
+@frozen
+class Unsubscribe:
+    player_id: str
+    session_id: str
+    channel: str
+
+
+@frozen
+class Begin:
+    """A new session. *mail_from*: it gets the messages to the player with larger numbers."""
+
+    player_id: str
+    session_id: str
+    mail_from: int
+
+
+@frozen
+class End:
+    """The end of a session; its open subscriptions are closed with it."""
+
+    player_id: str
+    session_id: str
+    reason: str
+
+
+Effect: TypeAlias = Append | Subscribe | Unsubscribe | Begin | End
+
+
+@frozen
+class Answer:
+    """A command's answer, kept so that the same id is not run again.
+
+    *body* is the JSON of ``{"ok": …, "content" | "error": …}``; the reply is made from it.
+    """
+
+    player_id: str
+    session_id: str
+    command_id: str
+    digest: bytes
+    body: bytes
+
+
+@frozen
+class PresenceMark:
+    """What a session's row says after this change: see `mythos_trio.core.session.Presence`."""
+
+    player_id: str
+    session_id: str
+    state: str
+    told: str
+    owed: str
+
+
+@frozen
+class Request:
+    """An ``Idempotency-Key``: it names the whole request, also a batch."""
+
+    key: str
+    digest: bytes
+
+
+@define(eq=False)
+class Transaction:
+    """One change, all or nothing. Data and timers of the game will be two more fields here."""
+
+    effects: list[Effect] = field(factory=list)
+    answer: Answer | None = None
+    presence: list[PresenceMark] = field(factory=list)
+    request: Request | None = None
+    # Set by who asked when it has stopped waiting: the writer passes over it if it is still queued.
+    abandoned: bool = False
+
+
+class Reason:
+    """Why the store would not commit a transaction. The transaction has left no trace."""
+
+    CONFLICT: Final = "conflict"
+    """Same message id, other content (or other target)."""
+    KEY: Final = "key"
+    """Same ``Idempotency-Key``, other request."""
+    ANSWERED: Final = "answered"
+    """The command has its answer already: see `Refused.answer`."""
+    ENDED: Final = "ended"
+    """The session to begin has existed and ended, or the session to change is not the current."""
+    FULL: Final = "full"
+    """``MAX_STORE_BYTES`` or the disk: nothing left to remove."""
+    FAILED: Final = "failed"
+    """The database did not take it: locked, broken, gone."""
+
+
+@frozen
+class Refused:
+    """The transaction was not committed; *message* is for people."""
+
+    reason: str
+    message: str
+    answer: Answer | None = None
+
+
+@frozen
+class Committed:
+    """The transaction is stored.
+
+    *seqs* has one number per effect, in order; for an `Append` whose id and content were there
+    already it is the first one's number and the effect's index is in *duplicates*. *last* is the
+    newest number of the store after this transaction (where a reply has its place).
+    """
+
+    seqs: tuple[int, ...]
+    last: int
+    duplicates: frozenset[int] = frozenset()
+
+
+Outcome: TypeAlias = Committed | Refused
