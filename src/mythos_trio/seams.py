@@ -1,0 +1,62 @@
+"""Where the outside comes in: the wall clock and randomness.
+
+Monotonic time is always `trio.current_time`, which tests replace by a virtual clock. Sockets have
+their seam in `mythos_trio.net`, the store's threads in `mythos_trio.storage`.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import time
+from datetime import UTC, datetime
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """The wall clock. It may jump: nothing but what people read depends on it."""
+
+    def now(self) -> float:
+        """POSIX seconds."""
+        ...
+
+
+class Randomness(Protocol):
+    """Ids and jitter."""
+
+    def token(self) -> str:
+        """128 random bits as 32 hexadecimal digits."""
+        ...
+
+    def uniform(self, low: float, high: float) -> float: ...
+
+
+class SystemClock:
+    def now(self) -> float:
+        return time.time()
+
+
+class SystemRandomness:
+    def token(self) -> str:
+        return secrets.token_hex(16)
+
+    def uniform(self, low: float, high: float) -> float:
+        return random.uniform(low, high)
+
+
+class SeededRandomness:
+    """The same ids in every run with the same seed: for simulations."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def token(self) -> str:
+        return f"{self._random.getrandbits(128):032x}"
+
+    def uniform(self, low: float, high: float) -> float:
+        return self._random.uniform(low, high)
+
+
+def rfc3339(posix: float) -> str:
+    """*posix* seconds as RFC 3339, UTC, milliseconds, ``Z``."""
+    return datetime.fromtimestamp(posix, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
