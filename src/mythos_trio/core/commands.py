@@ -1,0 +1,135 @@
+"""A session's commands: one at a time, in order, each id answered once (contract, section 4)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from typing import Any, Final, Generic, TypeVar
+
+from attrs import define, field, frozen
+
+from mythos_trio.core.errors import ErrorType, Refusal
+
+MAX_WAITING: Final = 32
+# Who asks for the same answer at the same time: each of at most 33 on every connection.
+MAX_ASKERS: Final = 64
+
+Asker = TypeVar("Asker")
+
+
+@define(eq=False)
+class Entry(Generic[Asker]):
+    """A command that waits or runs. *askers* are all who want its answer."""
+
+    id: str
+    digest: bytes
+    content: Any
+    kind: str
+    askers: list[Asker] = field(factory=list)
+    given: bool = True
+    """Whether the client gave the id: only then is the answer kept."""
+
+
+@frozen
+class Remembered:
+    digest: bytes
+    body: bytes
+    at: float
+    position: int
+    """Where the reply has its place: 0 if it can go at once."""
+
+
+class Commands(Generic[Asker]):
+    """The queue and the answers of one session. *complete*: all answers the session has ever given
+    are known here; else the store has to be asked for an id that is not."""
+
+    def __init__(self, *, complete: bool, keep_count: int = 1000, keep_seconds: float = 600.0) -> None:
+        self.complete = complete
+        self._keep_count = keep_count
+        self._keep_seconds = keep_seconds
+        self._waiting: deque[Entry[Asker]] = deque()
+        self._open: dict[str, Entry[Asker]] = {}
+        self._answers: OrderedDict[str, Remembered] = OrderedDict()
+        self.running: Entry[Asker] | None = None
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def answered(self, id: str, digest: bytes) -> Remembered | None:
+        """The answer that *id* got; a refusal if it was another command."""
+        remembered = self._answers.get(id)
+        if remembered is not None:
+            same_command(id, remembered.digest, digest)
+        return remembered
+
+    def submit(self, entry: Entry[Asker], asker: Asker) -> bool:
+        """Queue *entry*, or join the one with the same id; whether it is new.
+
+        Raises a refusal if the id is another command's, or if too many wait.
+        """
+        known = self._open.get(entry.id)
+        if known is not None:
+            same_command(entry.id, known.digest, entry.digest)
+            if len(known.askers) >= MAX_ASKERS:
+                raise Refusal(ErrorType.CAPACITY, "this command has been asked too often at once", status=503)
+            known.askers.append(asker)
+            return False
+        if len(self._waiting) >= MAX_WAITING:
+            raise Refusal(
+                ErrorType.CAPACITY,
+                f"{MAX_WAITING} commands wait already: wait for a reply before sending the next",
+                status=503,
+                retry_ms=1000,
+            )
+        entry.askers.append(asker)
+        self._open[entry.id] = entry
+        self._waiting.append(entry)
+        return True
+
+    def next(self) -> Entry[Asker] | None:
+        """Take the next command; it runs until `finish`."""
+        if not self._waiting:
+            return None
+        self.running = self._waiting.popleft()
+        return self.running
+
+    def finish(self, entry: Entry[Asker], answer: Remembered | None) -> list[Asker]:
+        """*entry* is over; who has asked. Its *answer* is remembered unless it is None."""
+        self._open.pop(entry.id, None)
+        if self.running is entry:
+            self.running = None
+        if answer is not None and entry.given:
+            self.remember(entry.id, answer)
+        askers, entry.askers = entry.askers, []
+        return askers
+
+    def remember(self, id: str, answer: Remembered) -> None:
+        """Keep an answer: the newest 1,000 and those of the last 10 minutes."""
+        self._answers[id] = answer
+        while len(self._answers) > self._keep_count:
+            oldest = next(iter(self._answers.values()))
+            if answer.at - oldest.at < self._keep_seconds:
+                break
+            self._answers.popitem(last=False)
+            # What has been dropped may still be in the store, whose bounds are the same but whose
+            # clock is another.
+            self.complete = False
+
+    def abandon(self) -> list[Asker]:
+        """The session is over: all who still wait for an answer."""
+        askers = [asker for entry in self._open.values() for asker in entry.askers]
+        self._open.clear()
+        self._waiting.clear()
+        self.running = None
+        return askers
+
+
+def same_command(id: str, first: bytes, second: bytes) -> None:
+    """Refuse an id that comes again with other content."""
+    if first != second:
+        raise Refusal(
+            ErrorType.VALIDATION,
+            f"the id {id!r} was used for another command: give each command an id of its own",
+            status=409,
+            details={"id": id},
+        )

@@ -1,0 +1,44 @@
+"""Token buckets (contract, section 7): a burst of *count*, refilled over *seconds*."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from attrs import define
+
+
+@define
+class Bucket:
+    left: float
+    at: float
+
+    def take(self, now: float, count: int, seconds: float) -> float:
+        """Take one; 0 if there was one, else the seconds after which there will be."""
+        self.left = min(count, self.left + (now - self.at) * count / seconds)
+        self.at = now
+        if self.left >= 1:
+            self.left -= 1
+            return 0.0
+        return (1 - self.left) * seconds / count
+
+
+class Buckets:
+    """One bucket a key; the keys asked longest ago are forgotten beyond *max_keys*, which can only
+    give them a fresh burst."""
+
+    def __init__(self, count: int, seconds: float, *, max_keys: int = 100_000) -> None:
+        self._count = count
+        self._seconds = seconds
+        self._max_keys = max_keys
+        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+
+    def take(self, key: str, now: float) -> float:
+        """Take one of *key*'s; 0 if there was one, else the seconds after which there will be."""
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            bucket = self._buckets[key] = Bucket(self._count, now)
+            if len(self._buckets) > self._max_keys:
+                self._buckets.popitem(last=False)
+        else:
+            self._buckets.move_to_end(key)
+        return bucket.take(now, self._count, self._seconds)

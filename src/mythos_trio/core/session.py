@@ -1,0 +1,158 @@
+"""A session's life as a table, and what presence it owes to the game (contract, section 5)."""
+
+from __future__ import annotations
+
+from enum import Enum, StrEnum
+from typing import Final
+
+from attrs import evolve, frozen
+
+
+class State(StrEnum):
+    ONLINE = "online"
+    LINKDEAD = "linkdead"
+    OFFLINE = "offline"
+    ENDED = "ended"
+
+
+class Happening(Enum):
+    ATTACH = "a connection has joined"
+    LAST_DETACH = "the last connection is gone"
+    GRACE_OVER = "link-dead for the whole grace time"
+    END = "switched, removed or expired"
+    RESTART = "the server has started again"
+
+
+TRANSITIONS: Final[dict[State, dict[Happening, State]]] = {
+    State.ONLINE: {
+        Happening.ATTACH: State.ONLINE,
+        Happening.LAST_DETACH: State.LINKDEAD,
+        Happening.END: State.ENDED,
+        Happening.RESTART: State.LINKDEAD,
+    },
+    State.LINKDEAD: {
+        Happening.ATTACH: State.ONLINE,
+        Happening.GRACE_OVER: State.OFFLINE,
+        Happening.END: State.ENDED,
+        Happening.RESTART: State.LINKDEAD,
+    },
+    State.OFFLINE: {
+        Happening.ATTACH: State.ONLINE,
+        Happening.END: State.ENDED,
+        Happening.RESTART: State.OFFLINE,
+    },
+    State.ENDED: {Happening.RESTART: State.ENDED},
+}
+
+
+class IllegalTransition(Exception):
+    """The happening has no place in this state. Nothing has changed."""
+
+
+def after(state: State, happening: Happening) -> State:
+    """The state that follows."""
+    try:
+        return TRANSITIONS[state][happening]
+    except KeyError:
+        raise IllegalTransition(f"{happening.name} while {state}") from None
+
+
+class Told(StrEnum):
+    """What the game has been told of a player last, and has committed."""
+
+    ABSENT = "absent"
+    PRESENT = "present"
+    LINKDEAD = "linkdead"
+
+
+class Owed(StrEnum):
+    """A handler that is to be run."""
+
+    JOIN = "join"
+    LINKDEAD = "linkdead"
+    RETURN = "return"
+    LEAVE = "leave"
+
+
+_TELLS: Final = {
+    Owed.JOIN: Told.PRESENT,
+    Owed.LINKDEAD: Told.LINKDEAD,
+    Owed.RETURN: Told.PRESENT,
+    Owed.LEAVE: Told.ABSENT,
+}
+
+
+@frozen
+class Presence:
+    """What the game knows of a player, and what it is still owed, in order.
+
+    A change owes (`arrived`, `lost`, `left`), the commit of the handler pays (`paid`). So after a
+    crash what is in the session's row is exactly what is still to be run.
+
+    *running*: the first one owed has been started, so it can no longer be cancelled out.
+    """
+
+    told: Told = Told.ABSENT
+    owed: tuple[Owed, ...] = ()
+    running: bool = False
+
+    @property
+    def at_last(self) -> Told:
+        """What the game will know when everything owed is paid."""
+        return _TELLS[self.owed[-1]] if self.owed else self.told
+
+    def arrived(self) -> Presence:
+        """A connection has joined."""
+        match self.at_last:
+            case Told.ABSENT:
+                return self._owing(Owed.JOIN)
+            case Told.LINKDEAD if self.owed and self._can_drop_last():
+                # A link-dead that nobody has been told of, followed by a return: nothing happened.
+                return evolve(self, owed=self.owed[:-1])
+            case Told.LINKDEAD:
+                return self._owing(Owed.RETURN)
+            case _:
+                return self
+
+    def lost(self) -> Presence:
+        """The last connection is gone."""
+        return self._owing(Owed.LINKDEAD) if self.at_last is Told.PRESENT else self
+
+    def left(self) -> Presence:
+        """The player is offline, or the session has ended."""
+        if self.at_last is Told.ABSENT:
+            return self
+        owed = self.owed
+        # A visit that nobody has been told of is taken back whole: this keeps the list short (at
+        # most one running, one visit and one leave) while the store refuses every commit.
+        if owed.count(Owed.JOIN) and Owed.LEAVE in owed:
+            keep = max(i for i, item in enumerate(owed) if item is Owed.LEAVE) + 1
+            return evolve(self, owed=owed[:keep])
+        return self._owing(Owed.LEAVE)
+
+    def started(self) -> Presence:
+        return evolve(self, running=True)
+
+    def paid(self) -> Presence:
+        """The first one owed has been run and committed."""
+        return Presence(_TELLS[self.owed[0]], self.owed[1:])
+
+    def not_paid(self) -> Presence:
+        """It was run, but the commit failed: nothing happened, it is still owed."""
+        return evolve(self, running=False)
+
+    def _owing(self, item: Owed) -> Presence:
+        return evolve(self, owed=(*self.owed, item))
+
+    def _can_drop_last(self) -> bool:
+        return len(self.owed) > 1 or not self.running
+
+    @property
+    def owed_text(self) -> str:
+        """As it stands in the session's row."""
+        return ",".join(self.owed)
+
+
+def parse_presence(told: str, owed: str) -> Presence:
+    """The presence that a session's row holds."""
+    return Presence(Told(told), tuple(Owed(item) for item in owed.split(",") if item))
