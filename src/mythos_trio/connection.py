@@ -1,0 +1,456 @@
+"""One attachment of a client to a session: a cursor on the session's log, over a link.
+
+How messages go out
+-------------------
+The dispatcher calls `pump` for every connection that a round concerns. At the head of the log, with
+nothing unsent, that is one non-blocking send of bytes which all receivers share; no task is woken.
+Only when the link refuses (its socket is full), or the log in memory has moved on past the cursor,
+does a task of the connection's own start (`_catch_up`): it writes many frames in one send, from the
+log or from the store, and ends when it has reached the head.
+
+Everything else that a connection sends waits in a bounded place for its turn between the messages:
+the welcome and a gap (`_first`), replies (at most `MAX_REPLIES`, each behind the messages that it
+rests on), one pong and one heartbeat (the newest wins). What has been composed counts as sent only
+when the link has taken all of it, so a refused send loses nothing and repeats nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+import trio
+from attrs import frozen
+
+from mythos_trio.core import wire
+from mythos_trio.core.errors import Close
+from mythos_trio.core.health import Liveness
+from mythos_trio.core.position import Gap, Position
+from mythos_trio.core.wire import Framing, Message
+from mythos_trio.storage import Chunk, StoreError
+
+if TYPE_CHECKING:
+    from mythos_trio.hub import Hub
+    from mythos_trio.link import Link
+    from mythos_trio.session import LiveSession
+
+MAX_REPLIES: Final = 33
+CHUNK_BYTES: Final = 65536
+READ_MESSAGES: Final = 256
+# While the store cannot be read a connection that needs it tries again this often.
+RETRY_SECONDS: Final = 1.0
+
+
+class Written(Enum):
+    """How far `Connection._write_all_now` came."""
+
+    ALL = "to the head of the log"
+    REFUSED = "the link took no more"
+    STORE = "what comes next has to be read from the store"
+
+
+@frozen
+class PendingReply:
+    """A reply that waits for its place: behind all messages up to *position* (None: at once)."""
+
+    command_id: str
+    answer: bytes
+    position: int | None
+
+
+class Connection:
+    """See the module's docstring. All methods but `_catch_up` are plain: they never wait."""
+
+    def __init__(
+        self,
+        *,
+        id: str,
+        framing: Framing,
+        link: Link,
+        session: LiveSession,
+        hub: Hub,
+        address: str,
+        observable: bool,
+        opened_at: float,
+        after: int,
+    ) -> None:
+        """:param observable: no proxy stands between, so what the kernel says of acknowledged bytes
+            is the client's own doing.
+        :param opened_at: POSIX seconds. :param after: the number after which it starts.
+        """
+        self.id = id
+        self.framing = framing
+        self.link = link
+        self.session = session
+        self.hub = hub
+        self.address = address
+        self.observable = observable
+        self.opened_at = opened_at
+        self.written = 0  # everything of the session up to this number has been taken by the link
+        self.acknowledged = 0  # the client said so itself: an ack, a named position, an answered ping
+        self.sent = 0
+        self.attached = False
+        self.over: Close | None = None
+        self.proxied_retry_ms: int | None = None
+        self.scope = trio.CancelScope()
+        self.expires_at: float | None = None  # POSIX seconds: of the token, if there is one
+        now = trio.current_time()
+        self.opened = now
+        self.liveness = Liveness(heard_at=now, probed_at=now)
+        self.heartbeat_at = now
+        self.post_at = now  # when a POST last named this connection
+        self._start: Callable[[Callable[[], Awaitable[None]]], None] | None = None
+        self._index: int | None = None  # the cursor in the log; None: behind the log, or not known
+        self._told_lost = 0  # losses up to this number have been told as a gap
+        self._first: list[bytes] = []  # goes out before the next message: welcome, gaps
+        # Where the stream stands when `_first` is out. `written` does not move there before: a
+        # connection that breaks in between must not have seen past a gap that it was never told.
+        self._from = after
+        self._chunk: list[Message] = []  # read from the store, not yet taken by the link
+        self._chunk_to = 0
+        self._replies: deque[PendingReply] = deque()
+        self._reply_room = trio.Event()
+        self._pong: bytes | None = None
+        self._heartbeat = False
+        self._busy = False
+        self._ping = False
+        self._ping_mark: int | None = None
+        self._sent_bytes = 0
+
+    # What others may know.
+
+    @property
+    def transport(self) -> str:
+        return self.framing.name
+
+    @property
+    def player_id(self) -> str:
+        return self.session.player_id
+
+    @property
+    def session_id(self) -> str:
+        return self.session.session_id
+
+    @property
+    def behind(self) -> int:
+        """Messages in memory that it has not been sent; at least 1 if it reads from the store."""
+        log = self.session.log
+        if log is None or self._index is None:
+            return max(1, len(self._chunk)) if self._busy else 0
+        return log.head - self._index
+
+    @property
+    def waiting_for(self) -> str | None:
+        if not self._busy:
+            return None
+        return "the client to read" if self.link.unsent else "the store"
+
+    @property
+    def healthy(self) -> bool:
+        return self.why is None
+
+    @property
+    def why(self) -> str | None:
+        """Why it is not healthy; None if it is: the last ping answered, and not behind."""
+        if self.over is not None:
+            return self.over.reason
+        if self.liveness.waiting and trio.current_time() - self.liveness.probed_at > 5:
+            return "no answer to the last ping"
+        return f"{self.behind} messages behind" if self.behind > 1 else None
+
+    @property
+    def last_activity(self) -> float:
+        """POSIX seconds."""
+        return self.opened_at + (max(self.liveness.heard_at, self.link.last_received) - self.opened)
+
+    # Beginning and end.
+
+    def begin(
+        self, start: Callable[[Callable[[], Awaitable[None]]], None], first: list[bytes], told_lost: int = 0
+    ) -> None:
+        """Send *first* (welcome, gap) and from now on all of the session after `written`.
+
+        :param start: starts a task in the nursery that owns this connection.
+        """
+        self._start = start
+        self._first = first
+        self._told_lost = told_lost
+        self.pump()
+
+    def end(self, close: Close, *, by: str = "server", retry_ms: int | None = None) -> None:
+        """Say the last words and stop. Whoever waits in the connection's scope is cancelled."""
+        if self.over is not None:
+            return
+        self.over = close
+        if self.link.ended is None:
+            if retry_ms is None:
+                retry_ms = self.proxied_retry_ms
+            words = self.framing.last_words(wire.disconnect(close, retry_ms), close)
+            self.link.last_words(words, close, by=by)
+        self.scope.cancel()
+
+    def cut(self, close: Close, *, by: str) -> None:
+        """A hard end without words: the client does not read."""
+        if self.over is None:
+            self.over = close
+        self.link.reset(close, by=by)
+        self.scope.cancel()
+
+    # What a client has surely got.
+
+    def confirm(self, seq: int) -> None:
+        """The client said itself that it has everything up to *seq*."""
+        if seq > self.acknowledged:
+            self.acknowledged = min(seq, self.written)
+        self.session.saw(seq)
+
+    def look_at_kernel(self) -> bool:
+        """Whether the peer has acknowledged all bytes; moves the marks if so."""
+        if not self.observable or self.link.ended is not None or self.link.unacknowledged() != 0:
+            return False
+        self.session.saw(self.written)
+        return True
+
+    # Signs of life.
+
+    def heard_bytes(self) -> None:
+        """Take what the link and the kernel know about life."""
+        heard = self.post_at
+        if self.transport == "websocket":
+            heard = max(heard, self.link.last_received)
+        if heard > self.liveness.heard_at:
+            self.liveness.heard(heard)
+        if self.liveness.waiting and self._alive_by_kernel():
+            self.liveness.heard(trio.current_time())
+
+    def _alive_by_kernel(self) -> bool:
+        # Who reads slowly, but reads, is not gone: a ping may be minutes behind in its socket. Who
+        # does not read at all is ended by the link's write timeout.
+        progress = self.link.sent_bytes > self._sent_bytes
+        self._sent_bytes = self.link.sent_bytes
+        if self._busy and progress:
+            return True
+        if self.transport == "websocket":
+            # While it is not read (its replies wait), bytes in the kernel are its life.
+            return self.link.unread() > 0
+        return self.link.unacknowledged() == 0
+
+    def probe(self) -> None:
+        """Ask for a sign of life: a ping, or on SSE a heartbeat whose bytes must be acknowledged."""
+        if self.transport == "sse":
+            self.offer_heartbeat()
+        elif self._ping_mark is None:
+            # One ping at a time: the frames are all alike, so a late pong must not be taken for
+            # the answer to a later ping with a larger mark.
+            self._ping = True
+            self.pump()
+
+    def ponged(self, payload: bytes) -> None:
+        """A pong has come (the link has parsed it)."""
+        if payload == wire.PING_PAYLOAD and self._ping_mark is not None:
+            mark, self._ping_mark = self._ping_mark, None
+            self.confirm(mark)
+
+    # Sending.
+
+    def offer_heartbeat(self) -> None:
+        self.heartbeat_at = trio.current_time()
+        self._heartbeat = True
+        self.pump()
+
+    def offer_pong(self, payload: bytes) -> None:
+        self._pong = payload
+        self.pump()
+
+    def offer_reply(self, command_id: str, answer: bytes, position: int | None) -> None:
+        """Queue a reply for its place. It is never dropped while the connection lives."""
+        self._replies.append(PendingReply(command_id, answer, position))
+        self.pump()
+
+    async def wait_reply_room(self) -> None:
+        """Until fewer than `MAX_REPLIES` wait: before that no further frame is taken."""
+        while len(self._replies) >= MAX_REPLIES:
+            self._reply_room = trio.Event()
+            await self._reply_room.wait()
+
+    def pump(self) -> None:
+        """Write what can be written without waiting; a task goes on with the rest."""
+        if self._busy or self.over is not None or self._start is None:
+            return
+        log = self.session.log
+        if (
+            log is not None
+            and self._index is not None
+            and self._index == log.head - 1
+            and not (self._first or self._replies or self._heartbeat or self._pong or self._ping)
+        ):
+            message = log.read(self._index, CHUNK_BYTES)[0]
+            if self.link.try_send(self.framing.message(message, self.hub.epoch)):
+                self._index += 1
+                self._has_written([message], self.hub.newest)
+                return
+        if self._write_all_now() is not Written.ALL:
+            self._busy = True
+            try:
+                self._start(self._catch_up)
+            except RuntimeError:
+                # The nursery is closed: the session ends, and this connection with it.
+                self._busy = False
+
+    def _write_all_now(self) -> Written:
+        """Write as far as can be done without waiting."""
+        while True:
+            messages, upto = self._next_messages()
+            data = self._compose(messages, upto)
+            if data:
+                if not self.link.try_send(data):
+                    return Written.REFUSED
+                self._taken(messages, upto)
+            elif messages is None:
+                return Written.STORE
+            elif not messages:
+                self._move_to(upto)
+                return Written.ALL
+
+    def _next_messages(self) -> tuple[list[Message] | None, int]:
+        """What comes next and up to which number the stream is then complete; None: not in memory."""
+        if self._chunk:
+            size = 0
+            for count, message in enumerate(self._chunk):
+                size += len(message.body)
+                if size > CHUNK_BYTES and count:
+                    return self._chunk[:count], self._chunk[count - 1].seq
+            return self._chunk, self._chunk_to
+        log = self.session.log
+        if log is None:
+            return [], self._from
+        if self._index is None or not log.holds(self._index):
+            self._index = log.locate(self._from)
+            if self._index is None:
+                return None, self._from
+        if self._index == log.head:
+            return [], max(self.hub.newest, self._from)
+        messages = log.read(self._index, CHUNK_BYTES)
+        at_head = self._index + len(messages) == log.head
+        return messages, self.hub.newest if at_head else messages[-1].seq
+
+    def _compose(self, messages: list[Message] | None, upto: int) -> bytes:
+        """The bytes of the next send: first words, messages, then what has its place behind them."""
+        epoch = self.hub.epoch
+        parts = list(self._first)
+        parts += [self.framing.message(message, epoch) for message in messages or ()]
+        written = max(upto, self._from)
+        position = f"{epoch}-{written}"
+        for pending in self._due_replies(written):
+            place = position if pending.position is None else f"{epoch}-{pending.position}"
+            parts.append(self.framing.control(wire.reply(pending.command_id, pending.answer, place)))
+        if self._pong is not None:
+            parts.append(self.framing.control(self._pong))
+        if self._heartbeat:
+            parts.append(self.framing.control(wire.control("heartbeat", position=position), position))
+        if self._ping:
+            parts.append(wire.PING)
+        return b"".join(parts)
+
+    def _due_replies(self, written: int) -> list[PendingReply]:
+        due = []
+        for pending in self._replies:
+            if pending.position is not None and pending.position > written:
+                break
+            due.append(pending)
+        return due
+
+    def _taken(self, messages: list[Message] | None, upto: int) -> None:
+        """The link has taken what `_compose` made of the same arguments: move all marks."""
+        for _ in range(len(self._due_replies(max(upto, self._from)))):
+            self._replies.popleft()
+        self._reply_room.set()
+        self._first = []
+        self._pong = None
+        if self._heartbeat and self.transport == "sse" and not self.liveness.waiting:
+            self.liveness.probed(trio.current_time())
+        self._heartbeat = False
+        if messages:
+            if self._chunk:
+                self._chunk = self._chunk[len(messages) :]
+            elif self._index is not None:
+                self._index += len(messages)
+            self._has_written(messages, upto)
+        else:
+            self._move_to(self._from if messages is None else upto)
+        if self._ping:
+            self._ping = False
+            self._ping_mark = self.written
+            self.liveness.probed(trio.current_time())
+
+    def _has_written(self, messages: list[Message], upto: int) -> None:
+        self._move_to(upto)
+        self.sent += len(messages)
+        self.session.delivered_to(self, messages)
+
+    def _move_to(self, seq: int) -> None:
+        self.written = self._from = max(seq, self._from)
+
+    # Catching up.
+
+    async def _catch_up(self) -> None:
+        """Write to the head, waiting for the client and the store as needed.
+
+        Every wait ends: for the client by the link's write deadline, for the store by the store's
+        own, and all of it with the nursery that owns the connection.
+        """
+        try:
+            while (done := self._write_all_now()) is not Written.ALL:
+                if done is Written.STORE:
+                    await self._read_store()
+                elif self.link.unsent:
+                    await self.link.wait_sent()
+                else:
+                    # It takes nothing more for good: its owner hears of that from the link.
+                    return
+        except trio.BrokenResourceError:
+            pass
+        finally:
+            self._busy = False
+
+    async def _read_store(self) -> None:
+        """Read the next part of the stream; the gap first, if something is lost."""
+        log = self.session.log
+        upto = self.hub.newest if log is None else log.floor
+        try:
+            chunk = await self.hub.storage.read(self.player_id, self.session_id, self._from, upto, READ_MESSAGES)
+        except StoreError:
+            await trio.sleep(RETRY_SECONDS)
+            return
+        self.take_chunk(chunk)
+
+    def take_chunk(self, chunk: Chunk) -> None:
+        """A part of the stream that was read from the store after `_from` comes next."""
+        if chunk.lost > self._told_lost:
+            gap = retention_gap(self.hub.epoch, self._from, chunk)
+            self._first.append(self.gap_bytes(gap))
+            self.session.gap_told(self, gap)
+            self._told_lost = chunk.lost
+            self._from = max(self._from, gap.position.seq)
+        if chunk.messages:
+            self._chunk = [Message(m.seq, m.id, m.target, m.body, m.stored_at) for m in chunk.messages]
+            self._chunk_to = chunk.complete_to
+        elif self._first:
+            self._from = max(self._from, chunk.complete_to)
+        else:
+            self._move_to(chunk.complete_to)
+        self._index = None
+
+    def gap_bytes(self, gap: Gap) -> bytes:
+        payload = wire.control(
+            "gap", after=str(gap.after), position=str(gap.position), reason=gap.reason, shared=gap.shared
+        )
+        return self.framing.control(payload, str(gap.position))
+
+
+def retention_gap(epoch: int, after: int, chunk: Chunk) -> Gap:
+    """The gap that stands before *chunk*, read after *after*: the stream goes on with the oldest held."""
+    goes_on = chunk.messages[0].seq - 1 if chunk.messages else max(chunk.lost, after)
+    return Gap(Position(epoch, after), Position(epoch, max(goes_on, after)), "retention")
