@@ -1,0 +1,554 @@
+"""What a game's author writes, and what they are handed.
+
+A game is a class with async handlers, one for each thing that can happen to a player (`Game`). A
+handler is handed a `Player` and says what it wants: send, publish, subscribe. None of these waits, and
+none happens at once: what a handler says is gathered (`Gathering`), and when it returns all of it is
+stored in one commit, with the command's answer, and then delivered. A handler that raises has done
+nothing. So there is no moment at which half of a command has happened, also not if the power fails.
+
+This module is all that a game imports. The part below "For the server" is what runs the handlers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Iterable
+from difflib import get_close_matches
+from functools import reduce
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar
+
+from attrs import frozen
+
+from mythos_trio.core import messages, names, wire
+from mythos_trio.core.errors import Refusal
+from mythos_trio.core.transaction import MAX_EFFECT_BYTES, MAX_EFFECTS, Append, Effect, Subscribe, Unsubscribe
+from mythos_trio.seams import Randomness, rfc3339
+
+__all__ = ["Command", "CommandError", "Game", "GameError", "Health", "Player", "Presence", "World"]
+
+T = TypeVar("T")
+
+Presence: TypeAlias = Literal["online", "linkdead", "offline"]
+Health: TypeAlias = Literal["healthy", "degraded", "unhealthy"]
+
+
+class CommandError(Exception):
+    """Raise it in `Game.on_command` to turn a command down: "You cannot go west."
+
+    The player gets *message* as the reply (``"ok": false``), with *details* for programs. Nothing else
+    that the handler said happens.
+    """
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = details
+
+
+class GameError(Exception):
+    """The game has a mistake: what is wrong, and what to do about it, for its author."""
+
+
+class GameSpecError(GameError):
+    """There is no game where ``mythos-trio serve MODULE:NAME`` was told to look."""
+
+
+@frozen
+class Command:
+    """What a player wants. *content* is any JSON; *id* stays the same when a client asks again, so a
+    game that does something outside of this server can tell by it."""
+
+    id: str
+    content: Any
+
+    @property
+    def text(self) -> str:
+        """The command's line of text: the content, or its ``text``; empty if it has none."""
+        content = self.content.get("text") if isinstance(self.content, dict) else self.content
+        return content if isinstance(content, str) else ""
+
+
+class World:
+    """Everybody and every place. Valid until the handler that was handed it ends.
+
+    Where a message can have more *fields* than its type and content, they stand beside these in the
+    message: ``publish("room:inn", "say", "ann says: hi", player="ann")``. A field ``replace_key`` says that
+    of two messages with the same key only the newer one matters to a client that has fallen behind.
+    """
+
+    __slots__ = ("_gathering",)
+
+    def __init__(self, gathering: Gathering) -> None:
+        self._gathering = gathering
+
+    def publish(self, channel: str, type_: str, content: object, /, **fields: object) -> None:
+        """Send to all who subscribe to *channel* when this is stored."""
+        target = names.to_channel(_channel("publish", channel))
+        self._gathering.append("publish", target, type_, content, fields)
+
+    def send(self, player_id: str, type_: str, content: object, /, **fields: object) -> None:
+        """Send to one player; who is absent finds it on coming back, like mail."""
+        target = names.to_player(_checked("send", names.player_id, player_id))
+        self._gathering.append("send", target, type_, content, fields)
+
+    def broadcast(self, type_: str, content: object, /, **fields: object) -> None:
+        """Send to everyone who has a session."""
+        self._gathering.append("broadcast", names.EVERYONE, type_, content, fields)
+
+    def present(self) -> list[str]:
+        """The ids of all players who are online or link-dead."""
+        return list(self._gathering.view("present").present())
+
+    def presence(self, player_id: str) -> Presence:
+        """``"online"``; ``"linkdead"`` (connection lost, may be back in a moment); else ``"offline"``."""
+        return self._gathering.view("presence").presence(player_id)
+
+    def subscribers(self, channel: str) -> list[str]:
+        """The ids of all present players who subscribe to *channel*."""
+        return self._gathering.subscribers(_channel("subscribers", channel))
+
+
+class Player:
+    """The player whom a handler is about. Valid until the handler ends; *id* and *session_id* stay
+    readable."""
+
+    __slots__ = ("_gathering", "id", "session_id", "world")
+
+    def __init__(self, gathering: Gathering, player_id: str, session_id: str) -> None:
+        self._gathering = gathering
+        self.id: Final = player_id
+        self.session_id: Final = session_id
+        self.world: Final = World(gathering)
+
+    def send(self, type_: str, content: object, /, **fields: object) -> None:
+        """Send to this player, on all connections. For *fields* see `World`."""
+        self._gathering.append("send", names.to_player(self.id), type_, content, fields)
+
+    def subscribe(self, channel: str) -> None:
+        """From here on the player gets what is published to *channel*, also by later lines of this handler."""
+        self._gathering.subscribe(_channel("subscribe", channel))
+
+    def unsubscribe(self, channel: str) -> None:
+        """From here on the player no longer gets what is published to *channel*."""
+        self._gathering.unsubscribe(_channel("unsubscribe", channel))
+
+    @property
+    def channels(self) -> list[str]:
+        """What the player subscribes to, in the order of subscribing. A new session begins with none."""
+        return self._gathering.channels()
+
+    @property
+    def health(self) -> Health:
+        """How well the player's connections do: all of them, some of them or none of them healthy."""
+        return self._gathering.view("health").health(self.id)
+
+    def new_session(self) -> None:
+        """Begin a new session for the player, after this handler: a new stream, no subscriptions."""
+        self._gathering.ask_for_new_session()
+
+    def disconnect(self, reason: str = "disconnected by the game") -> None:
+        """End the player's connections, after this handler and its reply. They are told *reason*, and not
+        to come back by themselves."""
+        self._gathering.ask_to_disconnect(reason)
+
+    def __repr__(self) -> str:
+        return f"<Player {self.id}>"
+
+
+class Runner(Protocol):
+    """How the server runs a function of the game's own tasks as a transaction."""
+
+    async def __call__(self, function: Callable[[World], Awaitable[T]], /) -> T: ...
+
+
+class Game:
+    """The handlers, with what happens if a game leaves one out.
+
+    One handler of a player runs at a time. A handler that raises, or takes longer than
+    ``HANDLER_TIMEOUT``, has done nothing; the player is told, and nobody else is touched.
+    """
+
+    _runner: Runner | None = None
+
+    async def on_join(self, player: Player) -> None:
+        """The player has come into the world: for the first time, with a new session, or after having been
+        offline. `Player.channels` tells: an old session still has its subscriptions."""
+
+    async def on_command(self, player: Player, command: Command) -> Any:
+        """The player wants something. What is returned (any JSON) is the content of the reply.
+
+        :raises CommandError: the player is told no.
+        """
+        raise CommandError("This game has no commands.")
+
+    async def on_subscribe(self, player: Player, channel: str) -> bool:
+        """The player's client asks to subscribe to *channel*, or, if it is one of `Player.channels`, to
+        leave it. Return whether it may; it is then done."""
+        return False
+
+    async def on_linkdead(self, player: Player) -> None:
+        """The player's last connection is gone. There are ``LINKDEAD_GRACE`` seconds to come back."""
+
+    async def on_return(self, player: Player) -> None:
+        """A link-dead player is back."""
+
+    async def on_leave(self, player: Player, reason: str) -> None:
+        """The player has left the world: link-dead for too long, or the session has ended."""
+
+    async def run(self, function: Callable[[World], Awaitable[T]]) -> T:
+        """Do something that no player asked for: from a task of the game's own, not from a handler.
+
+        *function* is a handler too, but is handed the `World`: what it says is stored at once when it
+        returns, and not at all if it raises. Returns what *function* returns.
+        """
+        if self._runner is None:
+            raise GameError(
+                "game.run() works while the server runs this game, and on that same object: start it by "
+                "`mythos-trio serve MODULE:NAME`. What is to happen at the start belongs into on_join."
+            )
+        return await self._runner(function)
+
+    def bind(self, runner: Runner) -> None:
+        """The server calls this once, before any handler."""
+        self._runner = runner
+
+
+# For the server.
+
+
+class View(Protocol):
+    """What a handler may ask: the state of the world as committed."""
+
+    def present(self) -> Iterable[str]: ...
+    def presence(self, player_id: str) -> Presence: ...
+    def subscribers(self, channel: str) -> Iterable[str]:
+        """Those who are present."""
+        ...
+
+    def channels(self, player_id: str) -> Iterable[str]:
+        """In the order of subscribing."""
+        ...
+
+    def health(self, player_id: str) -> Health: ...
+
+
+class Gathering:
+    """What one handler says, in the order of its calls.
+
+    :param player_id: whom the handler is about; None for a function of `Game.run`.
+    :param session_id: their session; None goes with a *player_id* of None.
+    :param now: POSIX seconds, the timestamp of all its messages.
+    :param max_message_size: bytes of one message, and of the answer.
+    :param ended: the session is over (`Game.on_leave` after a switch): there is nothing to subscribe.
+    """
+
+    def __init__(
+        self,
+        view: View,
+        player_id: str | None,
+        session_id: str | None,
+        *,
+        now: float,
+        randomness: Randomness,
+        max_message_size: int,
+        ended: bool = False,
+    ) -> None:
+        self.effects: list[Effect] = []
+        self.new_session_wanted = False
+        self.disconnect_wanted: str | None = None
+        self._player_id = player_id
+        self._session_id = session_id
+        self._view = view
+        self._timestamp = rfc3339(now)
+        self._randomness = randomness
+        self._max_message_size = max_message_size
+        self._ended = ended
+        self._bytes = 0
+        self._closed = False
+        # The handler's own changes. A channel that was left and joined again is in both.
+        self._left: set[str] = set()
+        self._joined: dict[str, None] = {}
+
+    @property
+    def player(self) -> Player:
+        """What a handler is handed."""
+        return Player(self, *self._who)
+
+    @property
+    def world(self) -> World:
+        """What a function of `Game.run` is handed."""
+        return World(self)
+
+    def close(self) -> None:
+        """The handler has ended: every later use of what it was handed raises `GameError`."""
+        self._closed = True
+
+    def answer(self, content: object) -> bytes:
+        """What a handler returned as the body of a `mythos_trio.core.transaction.Answer`.
+
+        :raises GameError: it is not JSON, or too big.
+        """
+        body = _as_json("on_command returned", lambda: wire.answer_body(content))
+        self._check_size("on_command returned", body)
+        return body
+
+    def view(self, call: str) -> View:
+        """For reading."""
+        self._check_open(call)
+        return self._view
+
+    def append(self, call: str, target: str, type_: str, content: object, fields: dict[str, object]) -> None:
+        self._check_open(call)
+        type_ = _checked(call, messages.message_type, type_)
+        _check_fields(call, fields)
+        message_id = self._randomness.token()
+        body = _as_json(call, lambda: messages.make_body(message_id, type_, content, self._timestamp, fields))
+        self._check_size(call, body)
+        self._gather(Append(target, message_id, body), len(body))
+
+    def subscribe(self, channel: str) -> None:
+        self._check_open("subscribe")
+        if channel in self.channels():
+            return
+        if self._ended:
+            raise GameError(f"subscribe({channel!r}): this session has ended; subscribe in on_join of the next one")
+        self._gather(Subscribe(*self._who, channel), len(channel))
+        self._joined[channel] = None
+
+    def unsubscribe(self, channel: str) -> None:
+        self._check_open("unsubscribe")
+        if channel not in self.channels():
+            return
+        # The subscriptions of an ended session have ended with it.
+        if not self._ended:
+            self._gather(Unsubscribe(*self._who, channel), len(channel))
+        self._joined.pop(channel, None)
+        self._left.add(channel)
+
+    def channels(self) -> list[str]:
+        player_id, _ = self._who
+        committed = self.view("channels").channels(player_id)
+        changed = self._left | self._joined.keys()
+        return [channel for channel in committed if channel not in changed] + list(self._joined)
+
+    def subscribers(self, channel: str) -> list[str]:
+        committed = list(self.view("subscribers").subscribers(channel))
+        if channel not in self._joined and channel not in self._left:
+            return committed
+        player_id, _ = self._who
+        others = [name for name in committed if name != player_id]
+        return [*others, player_id] if channel in self._joined else others
+
+    def ask_for_new_session(self) -> None:
+        self._check_open("new_session")
+        self.new_session_wanted = True
+
+    def ask_to_disconnect(self, reason: str) -> None:
+        self._check_open("disconnect")
+        # It goes into a close frame, which has room for 123 bytes (RFC 6455, section 5.5).
+        if not isinstance(reason, str) or not 1 <= len(reason.encode(errors="replace")) <= 123:
+            raise GameError(f"disconnect: the reason is a text of 1-123 bytes, not {_brief(reason)}")
+        self.disconnect_wanted = reason
+
+    @property
+    def _who(self) -> tuple[str, str]:
+        """The player's id and session."""
+        if self._player_id is None or self._session_id is None:
+            raise GameError("no player here: the function of game.run() is handed a World")
+        return self._player_id, self._session_id
+
+    def _gather(self, effect: Effect, size: int) -> None:
+        if len(self.effects) >= MAX_EFFECTS:
+            raise GameError(
+                f"one handler may send, publish and subscribe {MAX_EFFECTS:,} times in all. To reach many players "
+                "publish once to a channel that they subscribe to."
+            )
+        if self._bytes + size > MAX_EFFECT_BYTES:
+            raise GameError(
+                f"one handler's messages may have {MAX_EFFECT_BYTES:,} bytes in all. Send less, or publish once to "
+                "a channel instead of the same to each player."
+            )
+        self._bytes += size
+        self.effects.append(effect)
+
+    def _check_size(self, call: str, body: bytes) -> None:
+        if len(body) > self._max_message_size:
+            raise GameError(f"{call}: {len(body):,} bytes; MAX_MESSAGE_SIZE is {self._max_message_size:,}")
+
+    def _check_open(self, call: str) -> None:
+        if self._closed:
+            raise GameError(
+                f"{call}: the handler that was handed this has ended, and its transaction with it. Do it before the "
+                "handler returns; a task of the game's own does it by `await game.run(function)`, where "
+                "function(world) is async."
+            )
+
+
+def _checked(call: str, check: Callable[[object], str], value: object) -> str:
+    """*value* if the rule *check* lets it pass; its refusal in the author's terms."""
+    try:
+        return check(value)
+    except Refusal as refusal:
+        raise GameError(f"{call}: {refusal.message}; not {_brief(value)}") from None
+
+
+def _channel(call: str, value: str) -> str:
+    return _checked(call, names.channel, value)
+
+
+def _check_fields(call: str, fields: dict[str, object]) -> None:
+    taken = fields.keys() & (messages.OWN_FIELDS | messages.SERVER_FIELDS)
+    if taken:
+        raise GameError(f"{call}: the server sets {', '.join(sorted(taken))}; name the field otherwise")
+    if "replace_key" in fields:
+        _checked(call, messages.replace_key, fields["replace_key"])
+
+
+def _as_json(call: str, encode: Callable[[], bytes]) -> bytes:
+    try:
+        return encode()
+    except RecursionError:
+        raise GameError(f"{call}: the content contains itself, or is nested too deeply") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise GameError(f"{call}: the content cannot be written as JSON: {error}") from None
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+# Finding the game.
+
+# What each handler is handed.
+HANDLERS: Final = {
+    "on_join": ("player",),
+    "on_command": ("player", "command"),
+    "on_subscribe": ("player", "channel"),
+    "on_linkdead": ("player",),
+    "on_return": ("player",),
+    "on_leave": ("player", "reason"),
+}
+_SPEC: Final = re.compile(r"([\w.]+):([\w.]+)")
+
+
+def load_game(spec: str) -> Game:
+    """The game at *spec*, ``MODULE:NAME``, looked for in the working directory too.
+
+    NAME is a `Game`, any object with some of its handlers, or a class or function that makes one
+    without arguments.
+
+    :raises GameSpecError: there is none; what was looked for, what is there that looks like it, or
+        what is wrong with its handlers.
+    """
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise GameSpecError(f'{spec!r} is not a game: write MODULE:NAME, like "mygame:game"{_spec_hint(spec)}')
+    # A console script's path has the script's directory first, not the working directory.
+    if not {"", str(Path.cwd())} & set(sys.path):
+        sys.path.insert(0, str(Path.cwd()))
+    module_name, path = match.groups()
+    found = reduce(lambda parent, name: _attribute(spec, parent, name), path.split("."), _module(spec, module_name))
+    return _as_game(spec, _made(spec, found))
+
+
+def _spec_hint(spec: str) -> str:
+    file, _, name = spec.partition(":")
+    if file.endswith(".py"):
+        return f'; the module, not the file: "{Path(file).stem}:{name or "game"}"'
+    return "" if ":" in spec else f'; perhaps "{spec}:game"'
+
+
+def _module(spec: str, name: str) -> object:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+            there = [path.stem for path in Path.cwd().glob("*.py")]
+            raise GameSpecError(
+                f"{spec}: there is no module {error.name!r} in {Path.cwd()} or among the installed packages"
+                f"{_did_you_mean(name, there)}"
+            ) from None
+        raise GameSpecError(f"{spec}: {name} imports {error.name!r}, which is not installed") from error
+    except Exception as error:
+        raise GameSpecError(f"{spec}: importing {name} failed{_where(error)}") from error
+
+
+def _attribute(spec: str, parent: object, name: str) -> object:
+    try:
+        return getattr(parent, name)
+    except AttributeError:
+        there = [attribute for attribute in dir(parent) if not attribute.startswith("_")]
+        where = getattr(parent, "__name__", type(parent).__name__)
+        raise GameSpecError(f"{spec}: {where} has no {name!r}{_did_you_mean(name, there)}") from None
+
+
+def _made(spec: str, found: object) -> object:
+    """*found*, or what it makes if it is a class or a function."""
+    if not inspect.isclass(found) and (_handlers(found) or not callable(found)):
+        return found
+    if inspect.iscoroutinefunction(found):
+        raise GameSpecError(f"{spec} is an async function; a game is made by a plain one, or is an object")
+    try:
+        return found()
+    except Exception as error:
+        raise GameSpecError(f"{spec}: making the game, without arguments, failed{_where(error)}") from error
+
+
+def _as_game(spec: str, author: object) -> Game:
+    _check_spelling(spec, author)
+    handlers = _handlers(author)
+    if not handlers:
+        raise GameSpecError(f"{spec} is not a game ({_brief(author)}): it has none of {', '.join(HANDLERS)}")
+    for name, handler in handlers.items():
+        _check_handler(spec, name, handler)
+    return author if isinstance(author, Game) else _Adapted(handlers)
+
+
+class _Adapted(Game):
+    """An object with some of the handlers, as a `Game`."""
+
+    def __init__(self, handlers: dict[str, Any]) -> None:
+        for name, handler in handlers.items():
+            setattr(self, name, handler)
+
+
+def _handlers(author: object) -> dict[str, Any]:
+    return {name: getattr(author, name) for name in HANDLERS if hasattr(author, name)}
+
+
+def _check_spelling(spec: str, author: object) -> None:
+    """A handler whose name is misspelt would never be called, and nothing would say so."""
+    for name in dir(author):
+        if name.startswith("on_") and name not in HANDLERS:
+            close = get_close_matches(name, HANDLERS, 1, 0.8)
+            if close:
+                raise GameSpecError(f"{spec}: {name} is not a handler; is {close[0]} meant?")
+
+
+def _check_handler(spec: str, name: str, handler: object) -> None:
+    arguments = HANDLERS[name]
+    wanted = f"async def {name}({', '.join(('self', *arguments))})"
+    if not inspect.iscoroutinefunction(handler):
+        raise GameSpecError(f"{spec}: {name} is not async; write `{wanted}`")
+    try:
+        inspect.signature(handler).bind(*arguments)
+    except TypeError as error:
+        raise GameSpecError(f"{spec}: {name} cannot be called as `{wanted}`: {error}") from None
+
+
+def _did_you_mean(name: str, there: list[str]) -> str:
+    close = get_close_matches(name, there, 3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _where(error: Exception) -> str:
+    """The error and the line that raised it. (A `SyntaxError` says its line itself.)"""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = "" if isinstance(error, SyntaxError) else f" ({frame.filename}, line {frame.lineno})"
+    return f": {type(error).__name__}: {error}{place}"
