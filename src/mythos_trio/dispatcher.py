@@ -1,0 +1,272 @@
+"""The way of every change: queue → one commit → applied in order → delivered.
+
+Two tasks. The *writer* takes all that has gathered and commits it as one (group commit): while one
+commit is under way the next one gathers, so commits grow with the load by themselves. The *dispatcher*
+takes committed batches, applies them to the hub in the order of their numbers, and writes a round: a
+list of connections that are behind, each written from its own cursor when its turn comes. Nothing is
+delivered that is not stored, and delivery never waits for a client.
+
+From `submit` on a transaction is the dispatcher's: it is committed and delivered whatever becomes of
+who asked. A failed commit is an answer (`Refused`), not a crash.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+import trio
+from attrs import define, field, frozen
+
+from mythos_trio import logs
+from mythos_trio.core import names
+from mythos_trio.core.errors import ErrorType, Refusal
+from mythos_trio.core.transaction import Append, Committed, Outcome, Reason, Refused, Transaction
+from mythos_trio.core.wire import Message
+
+if TYPE_CHECKING:
+    from mythos_trio.connection import Connection
+    from mythos_trio.hub import Hub
+    from mythos_trio.seams import Clock
+    from mythos_trio.statistics import Statistics
+    from mythos_trio.storage import Storage
+
+log = logs.get("delivery")
+
+ROOM_SECONDS: Final = 5.0
+MAX_QUEUED: Final = 4096
+MAX_UNSAVED_BYTES: Final = 32 << 20
+# Between slices other tasks run: 64 sends of 10 µs are well below a millisecond.
+SLICE: Final = 64
+ROUNDS_KEPT: Final = 4096
+
+
+@define(eq=False)
+class Submission:
+    """A transaction on its way. *connections* has one count per effect once it is applied."""
+
+    transaction: Transaction
+    accepted_at: float
+    accepted: float
+    size: int
+    outcome: Outcome | None = None
+    connections: Sequence[int] = ()
+    _done: trio.Event = field(factory=trio.Event)
+
+    async def wait(self) -> Outcome:
+        """Until it is committed and applied, or refused. Cancelling the wait changes nothing."""
+        await self._done.wait()
+        assert self.outcome is not None  # for the type checker: `settle` sets it before the event
+        return self.outcome
+
+    def settle(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self._done.set()
+
+
+@frozen
+class Failure:
+    """A write to a client that failed: the dispatcher tells the health checker."""
+
+    connection: Connection
+
+
+@define
+class _Delivery:
+    """One committed message until its round is over, for the log line."""
+
+    message: Message
+    accepted: float
+
+
+class Dispatcher:
+    """See the module's docstring. *failures* is the channel that the health checker reads."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        storage: Storage,
+        statistics: Statistics,
+        clock: Clock,
+        *,
+        batch_size: int,
+        failures: trio.MemorySendChannel[Failure],
+    ) -> None:
+        self._hub = hub
+        self._storage = storage
+        self._statistics = statistics
+        self._clock = clock
+        self._batch_size = batch_size
+        self._failures = failures
+        self._publications, self._gathered = trio.open_memory_channel[Submission](MAX_QUEUED)
+        self._committed, self._to_deliver = trio.open_memory_channel[tuple[list[Submission], list[Outcome]]](1)
+        self._unsaved_bytes = 0
+        self._unsaved = 0
+        self._room = trio.Event()
+        self._idle = trio.Event()
+        self._idle.set()
+        self.rounds: deque[tuple[int, float]] = deque(maxlen=ROUNDS_KEPT)
+        """(newest number, POSIX time) of the newest rounds: when a number was written."""
+
+    # Asking.
+
+    @property
+    def queued(self) -> int:
+        """Transactions that are not applied yet."""
+        return self._unsaved
+
+    @property
+    def capacity(self) -> int:
+        return MAX_QUEUED
+
+    async def submit(self, transaction: Transaction) -> Submission:
+        """Queue *transaction*; waits for room, `ROOM_SECONDS` at most, then refuses (503)."""
+        if not self._has_room():
+            with trio.move_on_after(ROOM_SECONDS):
+                while not self._has_room():
+                    await self._room.wait()
+        return self.submit_nowait(transaction)
+
+    def submit_nowait(self, transaction: Transaction) -> Submission:
+        """Queue *transaction*, or refuse it at once if too much is unsaved."""
+        if not self._has_room():
+            raise Refusal(
+                ErrorType.CAPACITY,
+                "too much waits to be stored: try again",
+                status=503,
+                retry_ms=int(ROOM_SECONDS * 1000),
+            )
+        size = sum(len(e.body) for e in transaction.effects if isinstance(e, Append))
+        submission = Submission(transaction, self._clock.now(), trio.current_time(), size)
+        self._publications.send_nowait(submission)
+        self._unsaved += 1
+        self._unsaved_bytes += size
+        if self._idle.is_set():
+            self._idle = trio.Event()
+        return submission
+
+    def _has_room(self) -> bool:
+        return self._unsaved < MAX_QUEUED and self._unsaved_bytes < MAX_UNSAVED_BYTES
+
+    async def commit(self, transaction: Transaction) -> Submission:
+        """Queue *transaction* and wait until it is applied; raises a refusal if it was not stored."""
+        submission = await self.submit(transaction)
+        raise_if_refused(await submission.wait())
+        return submission
+
+    async def wait_idle(self) -> None:
+        """Until everything queued is committed, applied and written once."""
+        await self._idle.wait()
+
+    # The two tasks.
+
+    async def write_forever(self) -> None:
+        """The writer: commit all that has gathered, again and again."""
+        while True:
+            batch = [await self._gathered.receive()]
+            effects = len(batch[0].transaction.effects)
+            while effects < self._batch_size:
+                try:
+                    submission = self._gathered.receive_nowait()
+                except trio.WouldBlock:
+                    break
+                batch.append(submission)
+                effects += len(submission.transaction.effects)
+            outcomes = await self._storage.commit([submission.transaction for submission in batch])
+            await self._committed.send((batch, outcomes))
+
+    async def dispatch_forever(self) -> None:
+        """The dispatcher: apply what is committed, write a round."""
+        while True:
+            batch, outcomes = await self._to_deliver.receive()
+            deliveries = self._apply(batch, outcomes)
+            await self.write_round()
+            self._account(deliveries)
+            self._leave_queue(batch)
+
+    def _apply(self, batch: list[Submission], outcomes: list[Outcome]) -> list[_Delivery]:
+        deliveries: list[_Delivery] = []
+        for submission, outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, Committed):
+                messages, submission.connections = self._hub.apply(submission.transaction, outcome)
+                deliveries += [_Delivery(message, submission.accepted) for message in messages]
+            submission.settle(outcome)
+        return deliveries
+
+    def _leave_queue(self, batch: list[Submission]) -> None:
+        self._unsaved -= len(batch)
+        self._unsaved_bytes -= sum(submission.size for submission in batch)
+        if self._has_room():
+            self._room.set()
+            self._room = trio.Event()
+        if self._unsaved == 0:
+            self._idle.set()
+
+    async def write_round(self) -> None:
+        """Write every connection that is behind once, in slices."""
+        dirty = self._hub.dirty
+        self.rounds.append((self._hub.newest, self._clock.now()))
+        count = 0
+        while dirty:
+            connection = next(iter(dirty))
+            del dirty[connection]
+            connection.pump()
+            if connection.link.ended is not None:
+                self._tell_failure(connection)
+            count += 1
+            if count % SLICE == 0:
+                await trio.lowlevel.checkpoint()
+
+    def _tell_failure(self, connection: Connection) -> None:
+        try:
+            self._failures.send_nowait(Failure(connection))
+        except trio.WouldBlock:
+            # The checker looks at every connection at each of its rounds anyway.
+            pass
+
+    def _account(self, deliveries: list[_Delivery]) -> None:
+        now = trio.current_time()
+        for delivery in deliveries:
+            message = delivery.message
+            ms = (now - delivery.accepted) * 1000
+            self._statistics.published(1)
+            if message.receivers:
+                self._statistics.delivered(message.receivers, ms)
+                log_delivered(message, ms)
+
+
+def log_delivered(message: Message, ms: float, **more: object) -> None:
+    """ "Message delivered": the first connection of a receiver has got it."""
+    fields = names.target_fields(message.target)
+    if "player_id" not in fields:
+        more["players"] = message.players
+    level: Callable[..., object] = log.warning if ms > 1000 and not more.get("mail") else log.info
+    level(
+        "Message delivered",
+        message_id=message.id,
+        seq=message.seq,
+        delivery_time_ms=round(ms, 3),
+        receivers=message.receivers,
+        **fields,
+        **more,
+    )
+
+
+def raise_if_refused(outcome: Outcome) -> Committed:
+    """*outcome* if it is stored, else the refusal that its reason means over HTTP and in replies."""
+    if isinstance(outcome, Committed):
+        return outcome
+    raise refusal_of(outcome)
+
+
+def refusal_of(refused: Refused) -> Refusal:
+    match refused.reason:
+        case Reason.CONFLICT | Reason.KEY:
+            return Refusal(ErrorType.VALIDATION, refused.message, status=409)
+        case Reason.ENDED:
+            return Refusal(ErrorType.SESSION, refused.message, status=409)
+        case Reason.FULL:
+            return Refusal(ErrorType.CAPACITY, refused.message, status=503, retry_ms=5000)
+        case _:
+            return Refusal(ErrorType.PERSISTENCE, refused.message, status=503, retry_ms=2000)

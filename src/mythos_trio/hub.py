@@ -1,0 +1,173 @@
+"""What the server holds in memory: live sessions, who listens to which channel, open connections.
+
+Everything here is plain and synchronous: a change is whole before another task can see it. Committed
+transactions are applied in the order of their numbers (`apply`), by the dispatcher alone, so what is
+live is the stream that the store would replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from mythos_trio.core import names
+from mythos_trio.core.session import State
+from mythos_trio.core.transaction import Append, Committed, Subscribe, Transaction, Unsubscribe
+from mythos_trio.core.wire import Message
+from mythos_trio.storage import ConnectionRow, Notes, Storage
+
+if TYPE_CHECKING:
+    from mythos_trio.connection import Connection
+    from mythos_trio.core.position import Epochs
+    from mythos_trio.session import LiveSession
+
+
+class Hub:
+    """*newest*: the newest number that is applied; all that is handed to clients is up to it."""
+
+    def __init__(self, storage: Storage, server_id: str) -> None:
+        self.storage = storage
+        self.server_id = server_id
+        self.sessions: dict[str, LiveSession] = {}
+        self.channels: dict[str, dict[LiveSession, None]] = {}
+        self.connections: dict[str, Connection] = {}
+        self.stuck: list[LiveSession] = []
+        self.newest = 0
+        self.epochs: Epochs | None = None
+        self.epoch = 0
+        # Connections that a round has to write to, in the order in which they fell behind.
+        self.dirty: dict[Connection, None] = {}
+        self._marks: dict[tuple[str, str], int] = {}
+        self._opened: dict[str, ConnectionRow] = {}
+        self._closed: list[str] = []
+        self._last_online: dict[tuple[str, str], float] = {}
+
+    def start(self, epochs: Epochs, newest: int) -> None:
+        """Take over what the store was recovered to."""
+        self.epochs = epochs
+        self.epoch = epochs.present
+        self.newest = newest
+
+    # Sessions.
+
+    def add(self, session: LiveSession) -> None:
+        self.sessions[session.player_id] = session
+        for channel in session.channels:
+            self.channels.setdefault(channel, {})[session] = None
+
+    def remove(self, session: LiveSession) -> None:
+        """Forget a session that is over; another one of the player is not touched."""
+        if self.sessions.get(session.player_id) is session:
+            del self.sessions[session.player_id]
+        for channel in session.channels:
+            self._leave(session, channel)
+
+    def live(self, player_id: str, session_id: str) -> LiveSession | None:
+        session = self.sessions.get(player_id)
+        return session if session is not None and session.session_id == session_id else None
+
+    # Committed transactions.
+
+    def apply(self, transaction: Transaction, outcome: Committed) -> tuple[list[Message], list[int]]:
+        """Make a committed transaction true in memory.
+
+        :returns: its new messages, and for every effect the number of connections that it is, or
+            will be, written to.
+        """
+        messages: list[Message] = []
+        connections: list[int] = []
+        for index, (effect, seq) in enumerate(zip(transaction.effects, outcome.seqs, strict=True)):
+            count = 0
+            match effect:
+                case Append():
+                    receivers = list(self._receivers(effect.target))
+                    count = sum(len(session.connections) for session in receivers)
+                    if index not in outcome.duplicates:
+                        message = Message(seq, effect.id, effect.target, effect.body)
+                        self._deliver(message, receivers)
+                        messages.append(message)
+                case Subscribe():
+                    self._subscribe(effect, seq)
+                case Unsubscribe():
+                    session = self.live(effect.player_id, effect.session_id)
+                    if session is not None and session.channels.pop(effect.channel, None) is not None:
+                        self._leave(session, effect.channel)
+            connections.append(count)
+        self.newest = max(self.newest, outcome.last)
+        return messages, connections
+
+    def _receivers(self, target: str) -> Iterable[LiveSession]:
+        if target == names.EVERYONE:
+            return self.sessions.values()
+        if target.startswith("@"):
+            session = self.sessions.get(target[1:])
+            return () if session is None else (session,)
+        return self.channels.get(target[1:], ())
+
+    def _deliver(self, message: Message, receivers: Iterable[LiveSession]) -> None:
+        for session in receivers:
+            if session.log is not None:
+                session.log.append(message)
+                self.dirty.update(session.connections_by_age)
+
+    def _subscribe(self, effect: Subscribe, seq: int) -> None:
+        session = self.live(effect.player_id, effect.session_id)
+        if session is not None and effect.channel not in session.channels:
+            session.channels[effect.channel] = seq
+            self.channels.setdefault(effect.channel, {})[session] = None
+
+    def _leave(self, session: LiveSession, channel: str) -> None:
+        listeners = self.channels.get(channel)
+        if listeners is not None:
+            listeners.pop(session, None)
+            if not listeners:
+                del self.channels[channel]
+
+    # What handlers and operators see.
+
+    def presence(self, player_id: str) -> str:
+        session = self.sessions.get(player_id)
+        return State.OFFLINE.value if session is None else session.state.value
+
+    def present(self) -> list[str]:
+        """Players who are online or link-dead, in alphabetical order."""
+        return sorted(self.sessions)
+
+    def subscribers(self, channel: str) -> list[str]:
+        return sorted(session.player_id for session in self.channels.get(channel, ()))
+
+    # What is written behind.
+
+    def mark(self, player_id: str, session_id: str, seen: int) -> None:
+        self._marks[player_id, session_id] = seen
+
+    def marked(self, player_id: str, session_id: str) -> int:
+        """The mark that is not stored yet; 0 if there is none."""
+        return self._marks.get((player_id, session_id), 0)
+
+    def note_opened(self, row: ConnectionRow) -> None:
+        self._opened[row.connection_id] = row
+
+    def note_closed(self, connection: Connection, now: float) -> None:
+        if self._opened.pop(connection.id, None) is None:
+            self._closed.append(connection.id)
+        self._last_online[connection.player_id, connection.session_id] = now
+
+    def notes(self) -> Notes | None:
+        """What has gathered to be written behind; None if nothing has."""
+        if not (self._marks or self._opened or self._closed or self._last_online):
+            return None
+        return Notes(dict(self._marks), tuple(self._opened.values()), tuple(self._closed), dict(self._last_online))
+
+    def noted(self, notes: Notes) -> None:
+        """*notes* are stored: forget them, but not what has changed since."""
+        for key, seen in notes.seen.items():
+            if self._marks.get(key) == seen:
+                del self._marks[key]
+        for row in notes.opened:
+            if self._opened.pop(row.connection_id, None) is None:
+                self._closed.append(row.connection_id)  # it has been closed while it was being stored
+        del self._closed[: len(notes.closed)]
+        for key, at in notes.last_online.items():
+            if self._last_online.get(key) == at:
+                del self._last_online[key]

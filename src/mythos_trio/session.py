@@ -1,0 +1,629 @@
+"""A live session: the player's nursery, its connections, and the handlers of its player.
+
+A session lives in memory while it is online or link-dead. Its nursery (`run`) owns its connections'
+tasks and the one task that runs handlers (`_work`), which exists only while there is something to run.
+The nursery ends when the session goes offline, when the registrar ends it, or when something in it
+crashes; the registrar, outside, decides what follows.
+
+What a handler says is one transaction (`mythos_trio.core.transaction`). From `Dispatcher.submit` on it
+is no longer the session's: it is committed and delivered even if the session is gone by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import trio
+from attrs import define, frozen
+
+from mythos_trio import logs
+from mythos_trio.core import wire
+from mythos_trio.core.commands import Commands, Entry, Remembered
+from mythos_trio.core.errors import BUSY, DRAIN, FAULT, TOLD_BY_GAME, Close, ErrorType, Refusal
+from mythos_trio.core.log import Log
+from mythos_trio.core.requests import Command as ClientCommand
+from mythos_trio.core.requests import command_digest
+from mythos_trio.core.session import Happening, Owed, Presence, State, after, parse_presence
+from mythos_trio.core.transaction import (
+    Answer,
+    Committed,
+    PresenceMark,
+    Reason,
+    Refused,
+    Subscribe,
+    Transaction,
+    Unsubscribe,
+)
+from mythos_trio.dispatcher import log_delivered, refusal_of
+from mythos_trio.game import Command, CommandError, Game, Gathering, Health, Player
+from mythos_trio.game import Presence as PresenceText
+from mythos_trio.storage import SessionRow, StoreError
+
+if TYPE_CHECKING:
+    from mythos_trio.config import Settings
+    from mythos_trio.connection import Connection
+    from mythos_trio.core.position import Gap
+    from mythos_trio.core.wire import Message
+    from mythos_trio.dispatcher import Dispatcher
+    from mythos_trio.hub import Hub
+    from mythos_trio.seams import Clock, Randomness
+    from mythos_trio.statistics import Statistics
+
+log = logs.get("session")
+
+# A presence whose commit failed is tried again after this time; the store heals by itself.
+RETRY_SECONDS: Final = 5.0
+
+
+class Asker(Protocol):
+    """Who waits for a command's answer: a connection, or a POST."""
+
+    def answer(self, command_id: str, body: bytes, position: int | None) -> None:
+        """:param position: the reply's place: behind all messages up to it; None: at once."""
+        ...
+
+
+@define(eq=False)
+class Context:
+    """What all sessions share."""
+
+    hub: Hub
+    dispatcher: Dispatcher
+    game: Game
+    settings: Settings
+    statistics: Statistics
+    clock: Clock
+    randomness: Randomness
+    draining: bool = False
+    """From now on no command is taken, and a link-dead connection owes nothing."""
+    switch: Callable[[LiveSession], None] = lambda _: None
+    """Given by the registrar: begin a new session for this one's player."""
+
+
+class Why(Enum):
+    """Why a session's nursery has ended."""
+
+    OFFLINE = "offline"
+    ENDED = "ended"
+    CRASHED = "crashed"
+
+
+@frozen
+class LeaveOwed:
+    """``on_leave`` of a session that has ended is owed."""
+
+    row: SessionRow
+    reason: str
+
+
+class LiveSession:
+    """See the module's docstring."""
+
+    def __init__(
+        self,
+        row: SessionRow,
+        context: Context,
+        *,
+        complete: bool,
+        previous: str | None = None,
+        state: State | None = None,
+    ) -> None:
+        """:param complete: it begins now, so there can be no stored answers that it does not know.
+        :param previous: the id of the session that it has replaced.
+        """
+        self.row = row
+        self.player_id = row.player_id
+        self.session_id = row.session_id
+        self.created_at = row.created_at
+        self.previous_session_id = previous
+        self.state = state or State.LINKDEAD
+        self.presence: Presence = parse_presence(row.told, row.owed)
+        self.seen = max(row.seen, context.hub.marked(row.player_id, row.session_id))
+        self.channels: dict[str, int] = dict.fromkeys(row.channels, 0)
+        self.connections: dict[str, Connection] = {}
+        self.connections_by_age: dict[Connection, None] = {}
+        self.log: Log | None = None
+        self.finished = trio.Event()
+        self.why: Why | None = None
+        self.over = False  # it takes no more connections
+        self.arriving = 0  # connections that have been admitted and are not attached yet
+        self.nursery: trio.Nursery | None = None
+        self._context = context
+        self._hub = context.hub
+        self._scope = trio.CancelScope()
+        self._commands: Commands[Asker] = Commands(complete=complete)
+        self._delivered = self.seen
+        self._working = False
+        self._leave_reason = "linkdead"
+        self._leaves_owed: list[LeaveOwed] = []
+        self._arrived = trio.Event()
+        self._paid = trio.Event()
+
+    @property
+    def waiting_commands(self) -> int:
+        return self._commands.waiting
+
+    @property
+    def running_handler(self) -> bool:
+        return self._working
+
+    # The nursery.
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """The player's nursery. Returns when the session is over; `why` says how."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    self.nursery = nursery
+                    task_status.started()
+                    self._start_working()
+                    await self._live()
+                    self.why = Why.OFFLINE
+                    nursery.cancel_scope.cancel()
+        except* Exception as group:
+            # The one place where what escapes in a session is caught. `Cancelled` is not an
+            # Exception and goes on.
+            self.why = Why.CRASHED
+            log.error(
+                "Unexpected error in the session of a player",
+                error_type=ErrorType.SYSTEM.value,
+                player_id=self.player_id,
+                session_id=self.session_id,
+                exc_info=group,
+            )
+        finally:
+            self.over = True
+            self.nursery = None
+            close = FAULT if self.why is Why.CRASHED else BUSY
+            for connection in list(self.connections.values()):
+                connection.end(close)
+                self.detach(connection)
+            self._abandon_commands()
+            self.why = self.why or Why.ENDED
+            self.finished.set()
+
+    async def _live(self) -> None:
+        """Until the player has been link-dead for the whole grace time and the game knows it."""
+        while True:
+            while self.state is State.ONLINE or self.arriving:
+                await self._wait_change()
+            with trio.move_on_after(self._context.settings.linkdead_grace) as grace:
+                while self.state is not State.ONLINE:
+                    await self._wait_change()
+            if grace.cancelled_caught and not self.arriving and await self._leave():
+                return
+
+    async def _wait_change(self) -> None:
+        self._arrived = trio.Event()
+        await self._arrived.wait()
+
+    async def _leave(self) -> bool:
+        """Offline, if the game could be told; False if somebody came back or the store refused."""
+        self.over = True  # newcomers wait until this is decided
+        self._owe(self.presence.left())
+        with trio.move_on_after(2 * self._context.settings.handler_timeout + RETRY_SECONDS):
+            while self.presence.owed or self._working:
+                self._paid = trio.Event()
+                self._start_working()
+                await self._paid.wait()
+        if self.presence.owed or self._working:
+            self.over = False
+            return False
+        self.state = after(self.state, Happening.GRACE_OVER)
+        return await self._store_offline()
+
+    async def _store_offline(self) -> bool:
+        mark = PresenceMark(self.player_id, self.session_id, State.OFFLINE.value, self.presence.told.value, "")
+        try:
+            submission = await self._context.dispatcher.submit(Transaction(presence=[mark]))
+            outcome = await submission.wait()
+        except Refusal:
+            outcome = None
+        if isinstance(outcome, Committed):
+            return True
+        self.state = State.LINKDEAD
+        self.over = False
+        return False
+
+    def cancel(self, close: Close, *, by: str, reason: str) -> None:
+        """End it: last words to its connections, then its nursery is cancelled. Await `finished`."""
+        self.over = True
+        self._leave_reason = reason
+        for connection in list(self.connections.values()):
+            connection.end(close, by=by)
+        self._scope.cancel()
+
+    # Connections.
+
+    def attach(self, connection: Connection) -> None:
+        """A connection has been accepted: from now on it reads the log."""
+        self.state = after(self.state, Happening.ATTACH)
+        if self.log is None:
+            self.log = Log(self._hub.newest)
+        self.connections[connection.id] = connection
+        self.connections_by_age[connection] = None
+        self._hub.connections[connection.id] = connection
+        connection.attached = True
+        self._owe(self.presence.arrived())
+        self._arrived.set()
+
+    def detach(self, connection: Connection) -> None:
+        """A connection is gone. Only this session is touched, and only if it was attached here."""
+        if self.connections.pop(connection.id, None) is None:
+            return
+        self.connections_by_age.pop(connection, None)
+        self._hub.connections.pop(connection.id, None)
+        self._hub.dirty.pop(connection, None)
+        if self.connections:
+            return
+        self.log = None
+        if self.state is State.ONLINE:
+            self.state = after(self.state, Happening.LAST_DETACH)
+        if not self.over and not self._context.draining:
+            self._owe(self.presence.lost())
+        self._arrived.set()
+
+    def saw(self, seq: int) -> None:
+        """Everything up to *seq* has surely arrived at a client."""
+        if seq > self.seen:
+            self.seen = seq
+            self._hub.mark(self.player_id, self.session_id, seq)
+
+    def delivered_to(self, connection: Connection, messages: list[Message]) -> None:
+        """*messages* have been written to *connection*: count those that are new to the player."""
+        if messages[-1].seq <= self._delivered:
+            return
+        for message in messages:
+            if message.seq > self._delivered:
+                message.receivers += 1
+                if len(message.players) < 50:
+                    message.players.append(self.player_id)
+                if message.accepted_at:
+                    self._log_mail(message)
+        self._delivered = messages[-1].seq
+
+    def _log_mail(self, message: Message) -> None:
+        """It has waited in the store: `Message.accepted_at` is set on those that were read there."""
+        ms = max(0.0, self._context.clock.now() - message.accepted_at) * 1000
+        self._context.statistics.delivered(1, 0.0)
+        log_delivered(message, ms, mail=True)
+
+    def gap_told(self, connection: Connection, gap: Gap) -> None:
+        self._context.statistics.failed(1, gap.reason)
+        log.warning(
+            "Message delivery failed",
+            error_type=ErrorType.DELIVERY.value,
+            delivery_error="gap",
+            reason=gap.reason,
+            after=str(gap.after),
+            position=str(gap.position),
+            player_id=self.player_id,
+            session_id=self.session_id,
+            connection_id=connection.id,
+        )
+
+    # Commands.
+
+    async def submit(self, request: ClientCommand, asker: Asker) -> None:
+        """Take a command: it is answered to *asker*, now or later, once.
+
+        Waits only for the store, and only for an id that an earlier life of the session may have
+        answered. Raises a refusal that is not remembered: the same id runs again.
+        """
+        self._check_open()
+        id = request.id or self._context.randomness.token()
+        digest = command_digest(request)
+        remembered = self._commands.answered(id, digest)
+        if remembered is None and request.id is not None and not self._commands.complete:
+            remembered = await self._stored_answer(id, digest)
+            self._check_open()
+            # What has been answered while the store was being asked counts.
+            remembered = self._commands.answered(id, digest) or remembered
+        if remembered is not None:
+            asker.answer(id, remembered.body, remembered.position or None)
+            return
+        entry: Entry[Asker] = Entry(id, digest, request.content, request.kind, given=request.id is not None)
+        if self._commands.submit(entry, asker):
+            self._start_working()
+
+    def _check_open(self) -> None:
+        if self._context.draining:
+            raise Refusal(ErrorType.SYSTEM, "the server is restarting", status=503, close=DRAIN, retry_ms=1000)
+        if self.over:
+            raise Refusal(ErrorType.SESSION, "this session is over: connect again", status=409, close=BUSY)
+
+    async def _stored_answer(self, id: str, digest: bytes) -> Remembered | None:
+        try:
+            answer = await self._hub.storage.find_answer(self.player_id, self.session_id, id)
+        except StoreError as error:
+            raise Refusal(ErrorType.PERSISTENCE, str(error), status=503, retry_ms=2000) from None
+        if answer is None:
+            return None
+        remembered = Remembered(answer.digest, answer.body, trio.current_time(), self._hub.newest)
+        self._commands.remember(id, remembered)
+        return self._commands.answered(id, digest)
+
+    def _abandon_commands(self) -> None:
+        """The session is over before they were answered: nothing is remembered, they can be asked again."""
+        body = wire.error_body(ErrorType.SESSION, "the session ended before this command was answered")
+        for asker in self._commands.abandon():
+            asker.answer("", body, None)
+
+    # Handlers: one task, while there is something to run.
+
+    def owe_leave(self, owed: LeaveOwed) -> None:
+        """``on_leave`` of the session that this one has replaced comes first."""
+        self._leaves_owed.append(owed)
+        self._start_working()
+
+    def _owe(self, presence: Presence) -> None:
+        if presence != self.presence:
+            self.presence = presence
+            self._note_presence()
+            self._start_working()
+
+    def _note_presence(self) -> None:
+        """What is owed is written by the change that owes it; nobody waits for that."""
+        try:
+            self._context.dispatcher.submit_nowait(Transaction(presence=[self.mark()]))
+        except Refusal:
+            # Too much is unsaved. The handler's own commit says the same, later.
+            pass
+
+    def mark(self) -> PresenceMark:
+        state = State.ONLINE if self.state is State.ONLINE else State.LINKDEAD
+        return PresenceMark(
+            self.player_id, self.session_id, state.value, self.presence.told.value, self.presence.owed_text
+        )
+
+    def _start_working(self) -> None:
+        if self._working or self.nursery is None:
+            return
+        if self._leaves_owed or self.presence.owed or self._commands.waiting:
+            self._working = True
+            self.nursery.start_soon(self._work, name=f"handlers of {self.player_id}")
+
+    async def _work(self) -> None:
+        """Run what is owed, then commands, one at a time, until there is nothing left."""
+        try:
+            while not self._context.draining:
+                if self._leaves_owed:
+                    await pay_leave(self._leaves_owed.pop(0), self._context)
+                elif self.presence.owed:
+                    if not await self._pay_presence():
+                        await trio.sleep(RETRY_SECONDS)
+                elif (entry := self._commands.next()) is not None:
+                    await self._run_command(entry)
+                else:
+                    return
+        finally:
+            self._working = False
+            self._paid.set()
+
+    async def _pay_presence(self) -> bool:
+        """Run the handler that is owed first; False if its commit failed (it is still owed)."""
+        self.presence = self.presence.started()
+        owed = self.presence.owed[0]
+        gathering = self._gathering()
+        await _presence_handler(self._context, owed, gathering.player, gathering, self._leave_reason)
+        paid = self.presence.paid()
+        mark = PresenceMark(self.player_id, self.session_id, self.mark().state, paid.told.value, paid.owed_text)
+        try:
+            submission = await self._context.dispatcher.submit(Transaction(effects=gathering.effects, presence=[mark]))
+            outcome = await submission.wait()
+        except Refusal as refusal:
+            outcome = Refused(Reason.FAILED, refusal.message)
+        if not isinstance(outcome, Committed):
+            self.presence = self.presence.not_paid()
+            return False
+        self.presence = self.presence.paid()
+        self._paid.set()
+        self._carry_out(gathering)
+        return True
+
+    async def _run_command(self, entry: Entry[Asker]) -> None:
+        started = trio.current_time()
+        gathering = self._gathering()
+        body, ok = await self._answer_of(entry, gathering)
+        answer = None
+        if gathering.effects and entry.given:
+            answer = Answer(self.player_id, self.session_id, entry.id, entry.digest, body)
+        position: int | None = None
+        remembered: Remembered | None = None
+        if gathering.effects:
+            body, position, remembered = await self._commit_command(gathering, answer, entry, body)
+        else:
+            remembered = Remembered(entry.digest, body, trio.current_time(), 0)
+        for asker in self._commands.finish(entry, remembered):
+            asker.answer(entry.id, body, position)
+        self._context.statistics.command((trio.current_time() - started) * 1000, ok)
+        if remembered is not None:
+            self._carry_out(gathering)
+
+    async def _commit_command(
+        self, gathering: Gathering, answer: Answer | None, entry: Entry[Asker], body: bytes
+    ) -> tuple[bytes, int | None, Remembered | None]:
+        """Commit what the handler did with its answer: (reply, its place, what to remember)."""
+        try:
+            submission = await self._context.dispatcher.submit(Transaction(effects=gathering.effects, answer=answer))
+            outcome = await submission.wait()
+        except Refusal as refusal:
+            return wire.error_body(refusal.error_type, refusal.message), None, None
+        now = trio.current_time()
+        if isinstance(outcome, Committed):
+            return body, outcome.last, Remembered(entry.digest, body, now, outcome.last)
+        if outcome.reason == Reason.ANSWERED and outcome.answer is not None:
+            first = Remembered(outcome.answer.digest, outcome.answer.body, now, self._hub.newest)
+            return first.body, first.position, first
+        refusal = refusal_of(outcome)
+        return wire.error_body(refusal.error_type, refusal.message), None, None
+
+    async def _answer_of(self, entry: Entry[Asker], gathering: Gathering) -> tuple[bytes, bool]:
+        """Run the handler; its answer's body. A handler that fails leaves no effects."""
+        if entry.kind == "command":
+            command = Command(entry.id, entry.content)
+            call = lambda: self._context.game.on_command(gathering.player, command)  # noqa: E731
+        else:
+            call = lambda: self._on_subscribe(gathering, entry.kind, entry.content)  # noqa: E731
+        try:
+            content = await run_handler(self._context, call, gathering, self.player_id, "on_" + entry.kind)
+            return gathering.answer(content), True
+        except Refusal as refusal:
+            gathering.effects.clear()
+            return wire.error_body(refusal.error_type, refusal.message, refusal.details), False
+        except Exception as error:
+            gathering.effects.clear()
+            return handler_failed(self._context, self.player_id, "on_" + entry.kind, error), False
+
+    async def _on_subscribe(self, gathering: Gathering, kind: str, channel: str) -> Any:
+        """A client's ``subscribe``: the game says whether; then it is done."""
+        game = self._context.game
+        if not await game.on_subscribe(gathering.player, channel):
+            raise Refusal(
+                ErrorType.VALIDATION, f"the game does not let you {kind}", status=403, details={"channel": channel}
+            )
+        effect = Subscribe if kind == "subscribe" else Unsubscribe
+        gathering.effects.append(effect(self.player_id, self.session_id, channel))
+        return {"channel": channel, "subscribed": kind == "subscribe"}
+
+    def _gathering(self) -> Gathering:
+        return new_gathering(self._context, self.row, list(self.channels))
+
+    def _carry_out(self, gathering: Gathering) -> None:
+        """What a handler asked for that is done after its commit and its reply."""
+        if gathering.disconnect_wanted is not None:
+            close = Close(TOLD_BY_GAME.code, gathering.disconnect_wanted, ErrorType.SESSION)
+            for connection in list(self.connections.values()):
+                connection.end(close, by="server")
+        if gathering.new_session_wanted:
+            self._context.switch(self)
+
+
+# Running handlers.
+
+
+@frozen
+class SessionView:
+    """What the handlers of one session may ask: the hub, and the session's own subscriptions."""
+
+    hub: Hub
+    own: tuple[str, list[str]]
+
+    def present(self) -> Iterable[str]:
+        return self.hub.present()
+
+    def presence(self, player_id: str) -> PresenceText:
+        session = self.hub.sessions.get(player_id)
+        if session is None:
+            return "offline"
+        return "online" if session.state is State.ONLINE else "linkdead"
+
+    def subscribers(self, channel: str) -> Iterable[str]:
+        return self.hub.subscribers(channel)
+
+    def channels(self, player_id: str) -> Iterable[str]:
+        if player_id == self.own[0]:
+            return self.own[1]
+        session = self.hub.sessions.get(player_id)
+        return () if session is None else list(session.channels)
+
+    def health(self, player_id: str) -> Health:
+        session = self.hub.sessions.get(player_id)
+        healthy = [] if session is None else [c.healthy for c in session.connections.values()]
+        if not any(healthy):
+            return "unhealthy"
+        return "healthy" if all(healthy) else "degraded"
+
+
+def new_gathering(context: Context, row: SessionRow, channels: list[str], *, ended: bool = False) -> Gathering:
+    return Gathering(
+        SessionView(context.hub, (row.player_id, channels)),
+        row.player_id,
+        row.session_id,
+        now=context.clock.now(),
+        randomness=context.randomness,
+        max_message_size=context.settings.max_message_size,
+        ended=ended,
+    )
+
+
+async def run_handler(
+    context: Context, call: Callable[[], Awaitable[Any]], gathering: Gathering, player_id: str, name: str
+) -> Any:
+    """Run one handler under its deadline. Afterwards what it was handed can no longer be used."""
+    with trio.move_on_after(context.settings.handler_timeout) as scope:
+        try:
+            return await call()
+        finally:
+            gathering.close()
+    if scope.cancelled_caught:
+        raise Refusal(
+            ErrorType.SYSTEM,
+            f"the game took longer than {context.settings.handler_timeout:g} seconds; nothing has happened",
+            status=503,
+            details={"handler": name},
+        )
+    return None
+
+
+def handler_failed(context: Context, player_id: str, name: str, error: Exception) -> bytes:
+    """The error reply for a handler that raised *error*, which has then done nothing."""
+    if isinstance(error, CommandError):
+        return wire.error_body(ErrorType.VALIDATION, error.message, error.details)
+    log.error(
+        f"Unexpected error in {name}",
+        error_type=ErrorType.SYSTEM.value,
+        player_id=player_id,
+        handler=name,
+        exc_info=error,
+    )
+    return wire.error_body(ErrorType.SYSTEM, "the game made a mistake; nothing has happened", {"handler": name})
+
+
+async def _presence_handler(context: Context, owed: Owed, player: Player, gathering: Gathering, reason: str) -> None:
+    """Run a handler of presence. One that fails has told the game nothing, but is paid: it would only
+    fail again."""
+    game = context.game
+    calls: dict[Owed, Callable[[], Awaitable[None]]] = {
+        Owed.JOIN: lambda: game.on_join(player),
+        Owed.LINKDEAD: lambda: game.on_linkdead(player),
+        Owed.RETURN: lambda: game.on_return(player),
+        Owed.LEAVE: lambda: game.on_leave(player, reason),
+    }
+    name = f"on_{owed.value}"
+    try:
+        await run_handler(context, calls[owed], gathering, player.id, name)
+    except Refusal as refusal:
+        gathering.effects.clear()
+        log.error(
+            f"Unexpected error in {name}",
+            error_type=refusal.error_type.value,
+            player_id=player.id,
+            reason=refusal.message,
+        )
+    except Exception as error:
+        gathering.effects.clear()
+        handler_failed(context, player.id, name, error)
+
+
+async def pay_leave(owed: LeaveOwed, context: Context) -> None:
+    """Run what an ended session still owes, ``on_leave`` last, until its commit is through."""
+    row = owed.row
+    presence = parse_presence(row.told, row.owed)
+    channels = list(row.channels)
+    while presence.owed and not context.draining:
+        gathering = new_gathering(context, row, channels, ended=True)
+        await _presence_handler(context, presence.owed[0], gathering.player, gathering, owed.reason)
+        paid = presence.paid()
+        mark = PresenceMark(row.player_id, row.session_id, State.ENDED.value, paid.told.value, paid.owed_text)
+        try:
+            submission = await context.dispatcher.submit(Transaction(effects=gathering.effects, presence=[mark]))
+            stored = isinstance(await submission.wait(), Committed)
+        except Refusal:
+            stored = False
+        if stored:
+            presence = paid
+        else:
+            await trio.sleep(RETRY_SECONDS)
