@@ -447,7 +447,7 @@ def load_game(spec: str) -> Game:
         what is wrong with its handlers.
     """
     match = _SPEC.fullmatch(spec)
-    if match is None:
+    if match is None or match[1].endswith(".py"):
         raise GameSpecError(f'{spec!r} is not a game: write MODULE:NAME, like "mygame:game"{_spec_hint(spec)}')
     # A console script's path has the script's directory first, not the working directory.
     if not {"", str(Path.cwd())} & set(sys.path):
