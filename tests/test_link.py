@@ -212,10 +212,11 @@ async def test_send_all_always_lets_others_run(pair: Pair) -> None:
             ran += 1
             await trio.lowlevel.checkpoint()
 
-    pair.nursery.start_soon(other)
-    for _ in range(10):
-        await pair.link.send_all(b"x")
-    pair.nursery.cancel_scope.cancel()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        for _ in range(10):
+            await pair.link.send_all(b"x")
+        nursery.cancel_scope.cancel()
     assert ran >= 9
 
 
