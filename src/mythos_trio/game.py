@@ -4,7 +4,7 @@ A game is a class with async handlers, one for each thing that can happen to a p
 handler is handed a `Player` and says what it wants: send, publish, subscribe. None of these waits, and
 none happens at once: what a handler says is gathered (`Gathering`), and when it returns all of it is
 stored in one commit, with the command's answer, and then delivered. A handler that raises has done
-nothing. So there is no moment at which half of a command has happened, also not if the power fails.
+nothing. So there is no moment at which half of a command has happened, also not if the server is killed.
 
 This module is all that a game imports. The part below "For the server" is what runs the handlers.
 """
