@@ -55,7 +55,7 @@ class Written(Enum):
 class PendingReply:
     """A reply that waits for its place: behind all messages up to *position* (None: at once)."""
 
-    command_id: str
+    command_id: str | None
     answer: bytes
     position: int | None
 
@@ -74,11 +74,10 @@ class Connection:
         address: str,
         observable: bool,
         opened_at: float,
-        after: int,
     ) -> None:
         """:param observable: no proxy stands between, so what the kernel says of acknowledged bytes
             is the client's own doing.
-        :param opened_at: POSIX seconds. :param after: the number after which it starts.
+        :param opened_at: POSIX seconds.
         """
         self.id = id
         self.framing = framing
@@ -93,7 +92,6 @@ class Connection:
         self.sent = 0
         self.attached = False
         self.over: Close | None = None
-        self.proxied_retry_ms: int | None = None
         self.scope = trio.CancelScope()
         self.expires_at: float | None = None  # POSIX seconds: of the token, if there is one
         now = trio.current_time()
@@ -107,7 +105,7 @@ class Connection:
         self._first: list[bytes] = []  # goes out before the next message: welcome, gaps
         # Where the stream stands when `_first` is out. `written` does not move there before: a
         # connection that breaks in between must not have seen past a gap that it was never told.
-        self._from = after
+        self._from = 0
         self._chunk: list[Message] = []  # read from the store, not yet taken by the link
         self._chunk_to = 0
         self._replies: deque[PendingReply] = deque()
@@ -168,15 +166,27 @@ class Connection:
     # Beginning and end.
 
     def begin(
-        self, start: Callable[[Callable[[], Awaitable[None]]], None], first: list[bytes], told_lost: int = 0
+        self,
+        start: Callable[[Callable[[], Awaitable[None]]], None],
+        *,
+        after: int,
+        first: list[bytes],
+        chunk: Chunk | None,
+        then: list[bytes],
     ) -> None:
-        """Send *first* (welcome, gap) and from now on all of the session after `written`.
+        """Send the first words, and from now on all of the session after *after*.
 
         :param start: starts a task in the nursery that owns this connection.
+        :param first: the welcome, and a gap of the position that was named.
+        :param chunk: what was read from the store after *after*, if the log does not reach back so far.
+        :param then: what stands between a gap of retention and the messages.
         """
-        self._start = start
+        self._from = after
         self._first = first
-        self._told_lost = told_lost
+        if chunk is not None:
+            self.take_chunk(chunk)
+        self._first += then
+        self._start = start
         self.pump()
 
     def end(self, close: Close, *, by: str = "server", retry_ms: int | None = None) -> None:
@@ -184,18 +194,10 @@ class Connection:
         if self.over is not None:
             return
         self.over = close
+        self.look_at_kernel()
         if self.link.ended is None:
-            if retry_ms is None:
-                retry_ms = self.proxied_retry_ms
             words = self.framing.last_words(wire.disconnect(close, retry_ms), close)
             self.link.last_words(words, close, by=by)
-        self.scope.cancel()
-
-    def cut(self, close: Close, *, by: str) -> None:
-        """A hard end without words: the client does not read."""
-        if self.over is None:
-            self.over = close
-        self.link.reset(close, by=by)
         self.scope.cancel()
 
     # What a client has surely got.
@@ -208,7 +210,8 @@ class Connection:
 
     def look_at_kernel(self) -> bool:
         """Whether the peer has acknowledged all bytes; moves the marks if so."""
-        if not self.observable or self.link.ended is not None or self.link.unacknowledged() != 0:
+        link = self.link
+        if not self.observable or link.closed or link.unacknowledged() != 0 or link.in_error():
             return False
         self.session.saw(self.written)
         return True
@@ -264,7 +267,7 @@ class Connection:
         self._pong = payload
         self.pump()
 
-    def offer_reply(self, command_id: str, answer: bytes, position: int | None) -> None:
+    def offer_reply(self, command_id: str | None, answer: bytes, position: int | None) -> None:
         """Queue a reply for its place. It is never dropped while the connection lives."""
         self._replies.append(PendingReply(command_id, answer, position))
         self.pump()

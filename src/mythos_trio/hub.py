@@ -37,7 +37,7 @@ class Hub:
         self.epoch = 0
         # Connections that a round has to write to, in the order in which they fell behind.
         self.dirty: dict[Connection, None] = {}
-        self._marks: dict[tuple[str, str], int] = {}
+        self._marks: dict[str, dict[str, int]] = {}
         self._opened: dict[str, ConnectionRow] = {}
         self._closed: list[str] = []
         self._last_online: dict[tuple[str, str], float] = {}
@@ -139,11 +139,12 @@ class Hub:
     # What is written behind.
 
     def mark(self, player_id: str, session_id: str, seen: int) -> None:
-        self._marks[player_id, session_id] = seen
+        self._marks.setdefault(player_id, {})[session_id] = seen
 
-    def marked(self, player_id: str, session_id: str) -> int:
-        """The mark that is not stored yet; 0 if there is none."""
-        return self._marks.get((player_id, session_id), 0)
+    def marked(self, player_id: str, session_id: str | None = None) -> int:
+        """The mark that is not stored yet, of one or of any session of the player; 0 if there is none."""
+        marks = self._marks.get(player_id, {})
+        return max(marks.values(), default=0) if session_id is None else marks.get(session_id, 0)
 
     def note_opened(self, row: ConnectionRow) -> None:
         self._opened[row.connection_id] = row
@@ -157,13 +158,21 @@ class Hub:
         """What has gathered to be written behind; None if nothing has."""
         if not (self._marks or self._opened or self._closed or self._last_online):
             return None
-        return Notes(dict(self._marks), tuple(self._opened.values()), tuple(self._closed), dict(self._last_online))
+        seen = {
+            (player_id, session_id): mark
+            for player_id, marks in self._marks.items()
+            for session_id, mark in marks.items()
+        }
+        return Notes(seen, tuple(self._opened.values()), tuple(self._closed), dict(self._last_online))
 
     def noted(self, notes: Notes) -> None:
         """*notes* are stored: forget them, but not what has changed since."""
-        for key, seen in notes.seen.items():
-            if self._marks.get(key) == seen:
-                del self._marks[key]
+        for (player_id, session_id), seen in notes.seen.items():
+            marks = self._marks.get(player_id, {})
+            if marks.get(session_id) == seen:
+                del marks[session_id]
+                if not marks:
+                    del self._marks[player_id]
         for row in notes.opened:
             if self._opened.pop(row.connection_id, None) is None:
                 self._closed.append(row.connection_id)  # it has been closed while it was being stored

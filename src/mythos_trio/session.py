@@ -11,50 +11,53 @@ is no longer the session's: it is committed and delivered even if the session is
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+import contextlib
+from collections.abc import Awaitable, Callable
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
-from attrs import define, frozen
+from attrs import evolve
 
 from mythos_trio import logs
 from mythos_trio.core import wire
 from mythos_trio.core.commands import Commands, Entry, Remembered
-from mythos_trio.core.errors import BUSY, DRAIN, FAULT, TOLD_BY_GAME, Close, ErrorType, Refusal
+from mythos_trio.core.deliveries import Deliveries
+from mythos_trio.core.errors import BUSY, FAULT, TOLD_BY_GAME, Close, ErrorType, Refusal
 from mythos_trio.core.log import Log
 from mythos_trio.core.requests import Command as ClientCommand
 from mythos_trio.core.requests import command_digest
-from mythos_trio.core.session import Happening, Owed, Presence, State, after, parse_presence
+from mythos_trio.core.session import Happening, Presence, State, after, parse_presence
 from mythos_trio.core.transaction import (
     Answer,
     Committed,
     PresenceMark,
     Reason,
-    Refused,
     Subscribe,
     Transaction,
     Unsubscribe,
 )
-from mythos_trio.dispatcher import log_delivered, refusal_of
-from mythos_trio.game import Command, CommandError, Game, Gathering, Health, Player
-from mythos_trio.game import Presence as PresenceText
+from mythos_trio.dispatcher import Submission, log_delivered, refusal_of
+from mythos_trio.game import Command, Gathering
+from mythos_trio.handlers import (
+    RETRY_SECONDS,
+    Context,
+    LeaveOwed,
+    draining,
+    handler_failed,
+    new_gathering,
+    pay_leave,
+    presence_handler,
+    run_handler,
+)
 from mythos_trio.storage import SessionRow, StoreError
 
 if TYPE_CHECKING:
-    from mythos_trio.config import Settings
     from mythos_trio.connection import Connection
     from mythos_trio.core.position import Gap
     from mythos_trio.core.wire import Message
-    from mythos_trio.dispatcher import Dispatcher
-    from mythos_trio.hub import Hub
-    from mythos_trio.seams import Clock, Randomness
-    from mythos_trio.statistics import Statistics
 
 log = logs.get("session")
-
-# A presence whose commit failed is tried again after this time; the store heals by itself.
-RETRY_SECONDS: Final = 5.0
 
 
 class Asker(Protocol):
@@ -65,37 +68,12 @@ class Asker(Protocol):
         ...
 
 
-@define(eq=False)
-class Context:
-    """What all sessions share."""
-
-    hub: Hub
-    dispatcher: Dispatcher
-    game: Game
-    settings: Settings
-    statistics: Statistics
-    clock: Clock
-    randomness: Randomness
-    draining: bool = False
-    """From now on no command is taken, and a link-dead connection owes nothing."""
-    switch: Callable[[LiveSession], None] = lambda _: None
-    """Given by the registrar: begin a new session for this one's player."""
-
-
 class Why(Enum):
     """Why a session's nursery has ended."""
 
     OFFLINE = "offline"
     ENDED = "ended"
     CRASHED = "crashed"
-
-
-@frozen
-class LeaveOwed:
-    """``on_leave`` of a session that has ended is owed."""
-
-    row: SessionRow
-    reason: str
 
 
 class LiveSession:
@@ -125,8 +103,11 @@ class LiveSession:
         self.connections: dict[str, Connection] = {}
         self.connections_by_age: dict[Connection, None] = {}
         self.log: Log | None = None
-        self.finished = trio.Event()
+        self.ready = trio.Event()  # `nursery` is open, or never will be again
+        self.finished = trio.Event()  # nothing of it runs any more
+        self.gone = trio.Event()  # and what follows has been seen to
         self.why: Why | None = None
+        self.fresh = complete  # it has begun now, and nobody has been connected yet
         self.over = False  # it takes no more connections
         self.arriving = 0  # connections that have been admitted and are not attached yet
         self.nursery: trio.Nursery | None = None
@@ -134,12 +115,13 @@ class LiveSession:
         self._hub = context.hub
         self._scope = trio.CancelScope()
         self._commands: Commands[Asker] = Commands(complete=complete)
-        self._delivered = self.seen
+        self.deliveries = Deliveries(self.seen)
         self._working = False
         self._leave_reason = "linkdead"
         self._leaves_owed: list[LeaveOwed] = []
         self._arrived = trio.Event()
         self._paid = trio.Event()
+        self._paying: Submission | None = None
 
     @property
     def waiting_commands(self) -> int:
@@ -151,13 +133,13 @@ class LiveSession:
 
     # The nursery.
 
-    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self) -> None:
         """The player's nursery. Returns when the session is over; `why` says how."""
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     self.nursery = nursery
-                    task_status.started()
+                    self.ready.set()
                     self._start_working()
                     await self._live()
                     self.why = Why.OFFLINE
@@ -182,6 +164,7 @@ class LiveSession:
                 self.detach(connection)
             self._abandon_commands()
             self.why = self.why or Why.ENDED
+            self.ready.set()
             self.finished.set()
 
     async def _live(self) -> None:
@@ -237,11 +220,26 @@ class LiveSession:
 
     # Connections.
 
+    async def adopt(self, function: Callable[..., Awaitable[None]], *args: object, name: str) -> bool:
+        """Run a connection's task in the player's nursery; False if the session has ended meanwhile."""
+        await self.ready.wait()
+        if self.over or self.nursery is None:
+            return False
+        self.nursery.start_soon(function, *args, name=name)
+        return True
+
+    def departed(self) -> None:
+        """A connection that was arriving will not be attached."""
+        self.arriving -= 1
+        self._arrived.set()
+
     def attach(self, connection: Connection) -> None:
         """A connection has been accepted: from now on it reads the log."""
         self.state = after(self.state, Happening.ATTACH)
         if self.log is None:
             self.log = Log(self._hub.newest)
+        self.arriving -= 1
+        self.fresh = False
         self.connections[connection.id] = connection
         self.connections_by_age[connection] = None
         self._hub.connections[connection.id] = connection
@@ -269,20 +267,24 @@ class LiveSession:
         """Everything up to *seq* has surely arrived at a client."""
         if seq > self.seen:
             self.seen = seq
+            self.deliveries.confirm(seq)
             self._hub.mark(self.player_id, self.session_id, seq)
 
     def delivered_to(self, connection: Connection, messages: list[Message]) -> None:
         """*messages* have been written to *connection*: count those that are new to the player."""
-        if messages[-1].seq <= self._delivered:
+        upto = self.deliveries.upto
+        if messages[-1].seq <= upto:
             return
+        count = 0
         for message in messages:
-            if message.seq > self._delivered:
+            if message.seq > upto:
+                count += 1
                 message.receivers += 1
                 if len(message.players) < 50:
                     message.players.append(self.player_id)
                 if message.accepted_at:
                     self._log_mail(message)
-        self._delivered = messages[-1].seq
+        self.deliveries.wrote(messages[-1].seq, count)
 
     def _log_mail(self, message: Message) -> None:
         """It has waited in the store: `Message.accepted_at` is set on those that were read there."""
@@ -291,6 +293,7 @@ class LiveSession:
         log_delivered(message, ms, mail=True)
 
     def gap_told(self, connection: Connection, gap: Gap) -> None:
+        self.deliveries.fail(self._context.clock.now(), f"gap: {gap.reason}")
         self._context.statistics.failed(1, gap.reason)
         log.warning(
             "Message delivery failed",
@@ -330,7 +333,7 @@ class LiveSession:
 
     def _check_open(self) -> None:
         if self._context.draining:
-            raise Refusal(ErrorType.SYSTEM, "the server is restarting", status=503, close=DRAIN, retry_ms=1000)
+            raise draining()
         if self.over:
             raise Refusal(ErrorType.SESSION, "this session is over: connect again", status=409, close=BUSY)
 
@@ -348,8 +351,12 @@ class LiveSession:
     def _abandon_commands(self) -> None:
         """The session is over before they were answered: nothing is remembered, they can be asked again."""
         body = wire.error_body(ErrorType.SESSION, "the session ended before this command was answered")
-        for asker in self._commands.abandon():
-            asker.answer("", body, None)
+        _answer_all(self._commands.abandon(), body)
+
+    def drain(self) -> None:
+        """The server stops: what waits is answered with an error; what runs goes on."""
+        refusal = draining()
+        _answer_all(self._commands.give_up_waiting(), wire.error_body(refusal.error_type, refusal.message))
 
     # Handlers: one task, while there is something to run.
 
@@ -366,11 +373,21 @@ class LiveSession:
 
     def _note_presence(self) -> None:
         """What is owed is written by the change that owes it; nobody waits for that."""
-        try:
+        # If too much is unsaved, the handler's own commit says the same, later.
+        with contextlib.suppress(Refusal):
             self._context.dispatcher.submit_nowait(Transaction(presence=[self.mark()]))
-        except Refusal:
-            # Too much is unsaved. The handler's own commit says the same, later.
-            pass
+
+    def snapshot(self, state: State = State.LINKDEAD) -> SessionRow:
+        """The session as a row, for the one that takes its place."""
+        presence = self.presence.not_paid()
+        return evolve(
+            self.row,
+            seen=self.seen,
+            state=state.value,
+            told=presence.told.value,
+            owed=presence.owed_text,
+            channels=tuple(self.channels),
+        )
 
     def mark(self) -> PresenceMark:
         state = State.ONLINE if self.state is State.ONLINE else State.LINKDEAD
@@ -407,21 +424,34 @@ class LiveSession:
         self.presence = self.presence.started()
         owed = self.presence.owed[0]
         gathering = self._gathering()
-        await _presence_handler(self._context, owed, gathering.player, gathering, self._leave_reason)
-        paid = self.presence.paid()
-        mark = PresenceMark(self.player_id, self.session_id, self.mark().state, paid.told.value, paid.owed_text)
         try:
-            submission = await self._context.dispatcher.submit(Transaction(effects=gathering.effects, presence=[mark]))
-            outcome = await submission.wait()
-        except Refusal as refusal:
-            outcome = Refused(Reason.FAILED, refusal.message)
-        if not isinstance(outcome, Committed):
+            await presence_handler(self._context, owed, gathering.player, gathering, self._leave_reason)
+            # Made when the handler has ended: more may be owed by now.
+            paid = self.presence.paid()
+            mark = evolve(self.mark(), told=paid.told.value, owed=paid.owed_text)
+            transaction = Transaction(effects=gathering.effects, presence=[mark])
+            self._paying = await self._context.dispatcher.submit(transaction)
+        except Refusal:
             self.presence = self.presence.not_paid()
             return False
-        self.presence = self.presence.paid()
+        if not await self.settle():
+            return False
         self._paid.set()
         self._carry_out(gathering)
         return True
+
+    async def settle(self) -> bool:
+        """Wait for the commit that pays presence, if one is under way; whether it is through.
+
+        When the session has been cancelled in the middle of it, the registrar calls this before it
+        goes on: else the same handler would be run again.
+        """
+        if self._paying is None:
+            return True
+        stored = isinstance(await self._paying.wait(), Committed)
+        self._paying = None
+        self.presence = self.presence.paid() if stored else self.presence.not_paid()
+        return stored
 
     async def _run_command(self, entry: Entry[Asker]) -> None:
         started = trio.current_time()
@@ -457,8 +487,8 @@ class LiveSession:
         if outcome.reason == Reason.ANSWERED and outcome.answer is not None:
             first = Remembered(outcome.answer.digest, outcome.answer.body, now, self._hub.newest)
             return first.body, first.position, first
-        refusal = refusal_of(outcome)
-        return wire.error_body(refusal.error_type, refusal.message), None, None
+        failure = refusal_of(outcome)
+        return wire.error_body(failure.error_type, failure.message), None, None
 
     async def _answer_of(self, entry: Entry[Asker], gathering: Gathering) -> tuple[bytes, bool]:
         """Run the handler; its answer's body. A handler that fails leaves no effects."""
@@ -501,129 +531,7 @@ class LiveSession:
             self._context.switch(self)
 
 
-# Running handlers.
-
-
-@frozen
-class SessionView:
-    """What the handlers of one session may ask: the hub, and the session's own subscriptions."""
-
-    hub: Hub
-    own: tuple[str, list[str]]
-
-    def present(self) -> Iterable[str]:
-        return self.hub.present()
-
-    def presence(self, player_id: str) -> PresenceText:
-        session = self.hub.sessions.get(player_id)
-        if session is None:
-            return "offline"
-        return "online" if session.state is State.ONLINE else "linkdead"
-
-    def subscribers(self, channel: str) -> Iterable[str]:
-        return self.hub.subscribers(channel)
-
-    def channels(self, player_id: str) -> Iterable[str]:
-        if player_id == self.own[0]:
-            return self.own[1]
-        session = self.hub.sessions.get(player_id)
-        return () if session is None else list(session.channels)
-
-    def health(self, player_id: str) -> Health:
-        session = self.hub.sessions.get(player_id)
-        healthy = [] if session is None else [c.healthy for c in session.connections.values()]
-        if not any(healthy):
-            return "unhealthy"
-        return "healthy" if all(healthy) else "degraded"
-
-
-def new_gathering(context: Context, row: SessionRow, channels: list[str], *, ended: bool = False) -> Gathering:
-    return Gathering(
-        SessionView(context.hub, (row.player_id, channels)),
-        row.player_id,
-        row.session_id,
-        now=context.clock.now(),
-        randomness=context.randomness,
-        max_message_size=context.settings.max_message_size,
-        ended=ended,
-    )
-
-
-async def run_handler(
-    context: Context, call: Callable[[], Awaitable[Any]], gathering: Gathering, player_id: str, name: str
-) -> Any:
-    """Run one handler under its deadline. Afterwards what it was handed can no longer be used."""
-    with trio.move_on_after(context.settings.handler_timeout) as scope:
-        try:
-            return await call()
-        finally:
-            gathering.close()
-    if scope.cancelled_caught:
-        raise Refusal(
-            ErrorType.SYSTEM,
-            f"the game took longer than {context.settings.handler_timeout:g} seconds; nothing has happened",
-            status=503,
-            details={"handler": name},
-        )
-    return None
-
-
-def handler_failed(context: Context, player_id: str, name: str, error: Exception) -> bytes:
-    """The error reply for a handler that raised *error*, which has then done nothing."""
-    if isinstance(error, CommandError):
-        return wire.error_body(ErrorType.VALIDATION, error.message, error.details)
-    log.error(
-        f"Unexpected error in {name}",
-        error_type=ErrorType.SYSTEM.value,
-        player_id=player_id,
-        handler=name,
-        exc_info=error,
-    )
-    return wire.error_body(ErrorType.SYSTEM, "the game made a mistake; nothing has happened", {"handler": name})
-
-
-async def _presence_handler(context: Context, owed: Owed, player: Player, gathering: Gathering, reason: str) -> None:
-    """Run a handler of presence. One that fails has told the game nothing, but is paid: it would only
-    fail again."""
-    game = context.game
-    calls: dict[Owed, Callable[[], Awaitable[None]]] = {
-        Owed.JOIN: lambda: game.on_join(player),
-        Owed.LINKDEAD: lambda: game.on_linkdead(player),
-        Owed.RETURN: lambda: game.on_return(player),
-        Owed.LEAVE: lambda: game.on_leave(player, reason),
-    }
-    name = f"on_{owed.value}"
-    try:
-        await run_handler(context, calls[owed], gathering, player.id, name)
-    except Refusal as refusal:
-        gathering.effects.clear()
-        log.error(
-            f"Unexpected error in {name}",
-            error_type=refusal.error_type.value,
-            player_id=player.id,
-            reason=refusal.message,
-        )
-    except Exception as error:
-        gathering.effects.clear()
-        handler_failed(context, player.id, name, error)
-
-
-async def pay_leave(owed: LeaveOwed, context: Context) -> None:
-    """Run what an ended session still owes, ``on_leave`` last, until its commit is through."""
-    row = owed.row
-    presence = parse_presence(row.told, row.owed)
-    channels = list(row.channels)
-    while presence.owed and not context.draining:
-        gathering = new_gathering(context, row, channels, ended=True)
-        await _presence_handler(context, presence.owed[0], gathering.player, gathering, owed.reason)
-        paid = presence.paid()
-        mark = PresenceMark(row.player_id, row.session_id, State.ENDED.value, paid.told.value, paid.owed_text)
-        try:
-            submission = await context.dispatcher.submit(Transaction(effects=gathering.effects, presence=[mark]))
-            stored = isinstance(await submission.wait(), Committed)
-        except Refusal:
-            stored = False
-        if stored:
-            presence = paid
-        else:
-            await trio.sleep(RETRY_SECONDS)
+def _answer_all(entries: list[Entry[Asker]], body: bytes) -> None:
+    for entry in entries:
+        for asker in entry.askers:
+            asker.answer(entry.id, body, None)

@@ -115,13 +115,21 @@ class Commands(Generic[Asker]):
             # clock is another.
             self.complete = False
 
-    def abandon(self) -> list[Asker]:
-        """The session is over: all who still wait for an answer."""
-        askers = [asker for entry in self._open.values() for asker in entry.askers]
+    def abandon(self) -> list[Entry[Asker]]:
+        """Give up all that waits or runs: who still waits for an answer."""
+        entries = list(self._open.values())
         self._open.clear()
         self._waiting.clear()
         self.running = None
-        return askers
+        return entries
+
+    def give_up_waiting(self) -> list[Entry[Asker]]:
+        """Give up what has not been started."""
+        entries = list(self._waiting)
+        self._waiting.clear()
+        for entry in entries:
+            del self._open[entry.id]
+        return entries
 
 
 def same_command(id: str, first: bytes, second: bytes) -> None:

@@ -50,7 +50,7 @@ BAD_UTF8: Final = Close(1007, "text is not valid UTF-8", ErrorType.VALIDATION)
 TOO_BIG: Final = Close(1009, "message too big", ErrorType.VALIDATION)
 FAULT: Final = Close(1011, "the server made a mistake", ErrorType.SYSTEM)
 TOLD_BY_GAME: Final = Close(4503, "disconnected by the game", ErrorType.SESSION)
-SUPERSEDED: Final = Close(4501, "replaced by the client's newer connection", ErrorType.CONNECTION)
+SUPERSEDED: Final = Close(1000, "replaced by a newer connection of the client", ErrorType.CONNECTION)
 
 
 class Refusal(Exception):

@@ -64,7 +64,7 @@ _FIELDS: Final[Mapping[str, frozenset[str]]] = {
 
 def parse_frame(text: str) -> ClientRequest:
     """The request in a text frame. Never raises: what is wrong comes back as `Wrong`."""
-    if not text.lstrip()[:1] in ("{", "[", '"'):
+    if text.lstrip()[:1] not in ("{", "[", '"'):
         return _plain_line(text)
     try:
         value = decode_json(text.encode())
@@ -135,6 +135,4 @@ def _text(value: Mapping[str, Any], field: str) -> str:
 
 def command_digest(command: Command) -> bytes:
     """Tells whether two commands with one id are the same."""
-    return blake2b(
-        msgspec.json.encode([command.kind, command.content], order="deterministic"), digest_size=16
-    ).digest()
+    return blake2b(msgspec.json.encode([command.kind, command.content], order="deterministic"), digest_size=16).digest()

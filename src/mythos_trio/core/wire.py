@@ -122,7 +122,7 @@ def disconnect(close: Close, retry_ms: int | None = None) -> bytes:
     return control("disconnect", code=close.code, reason=close.reason, reconnect=close.reconnect, retry_ms=retry_ms)
 
 
-def reply(command_id: str, answer: bytes, position: str) -> bytes:
+def reply(command_id: str | None, answer: bytes, position: str) -> bytes:
     """The ``reply`` to a command. *answer* is the JSON object ``{"ok": …}`` of `answer_body`."""
     return b'{"type":"reply","id":%b,%b,"position":"%b"}' % (
         _encoder.encode(command_id),

@@ -1,0 +1,234 @@
+"""The health checker: pings, judges, and asks for a connection's end; cleans up; keeps gauges.
+
+It shares a memory channel with the dispatcher, which tells it of writes that failed. Its rounds come
+once a second, or more often if the intervals are short, and are taken in slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final
+
+import psutil
+import trio
+
+from mythos_trio import logs
+from mythos_trio.core.errors import BAD_TOKEN, NO_PONG, ErrorType
+from mythos_trio.core.health import Verdict
+from mythos_trio.dispatcher import Failure
+from mythos_trio.storage import Bounds, StoreError
+
+if TYPE_CHECKING:
+    from mythos_trio.connection import Connection
+    from mythos_trio.handlers import Context
+    from mythos_trio.registrar import Registrar
+
+log = logs.get("connection")
+memory_log = logs.get("memory")
+database_log = logs.get("database")
+
+SLICE: Final = 128
+NOTE_SECONDS: Final = 0.5
+PROBE_SECONDS: Final = 5.0
+MEMORY_SECONDS: Final = 10.0
+LAG_SECONDS: Final = 0.1
+MEMORY_HIGH_PERCENT: Final = 85.0
+EXPIRE_AT_ONCE: Final = 200
+
+
+class Checker:
+    """Its loops are tasks of the server; each runs until it is cancelled."""
+
+    def __init__(self, context: Context, registrar: Registrar, failures: trio.MemoryReceiveChannel[Failure]) -> None:
+        self._context = context
+        self._registrar = registrar
+        self._failures = failures
+        self.last_round = trio.current_time()
+        """`trio.current_time` of the newest round."""
+        self.memory_percent = 0.0
+        self._told_unhealthy: dict[str, tuple[str, ...]] = {}
+        self._memory_was_high = False
+
+    @property
+    def tick_seconds(self) -> float:
+        settings = self._context.settings
+        return min(1.0, settings.health_check_interval / 4, settings.pong_timeout / 4)
+
+    def loops(self) -> list[Callable[[], Awaitable[None]]]:
+        return [
+            self.check_forever,
+            self.hear_failures,
+            self.note_forever,
+            self.clean_forever,
+            self.probe_store_forever,
+            self.watch_memory,
+            self.watch_lag,
+        ]
+
+    # Connections.
+
+    async def check_forever(self) -> None:
+        while True:
+            await trio.sleep(self.tick_seconds)
+            await self.check_all()
+            self.last_round = trio.current_time()
+
+    async def check_all(self) -> None:
+        """One round over all connections, in slices."""
+        unhealthy: dict[str, list[Connection]] = {}
+        for count, connection in enumerate(list(self._context.hub.connections.values()), 1):
+            if connection.over is None:
+                self._check(connection)
+                if not connection.healthy:
+                    unhealthy.setdefault(connection.player_id, []).append(connection)
+            if count % SLICE == 0:
+                await trio.lowlevel.checkpoint()
+        self._tell_unhealthy(unhealthy)
+
+    def _check(self, connection: Connection) -> None:
+        settings = self._context.settings
+        now = trio.current_time()
+        connection.heard_bytes()
+        connection.look_at_kernel()
+        if connection.expires_at is not None and self._context.clock.now() >= connection.expires_at:
+            connection.end(BAD_TOKEN)
+            return
+        # A round late is a second: the ping goes out that much earlier, so that the bound holds.
+        interval = max(self.tick_seconds, settings.health_check_interval - self.tick_seconds)
+        verdict = connection.liveness.verdict(now, interval=interval, pong_timeout=settings.pong_timeout)
+        silent = now - max(connection.liveness.heard_at, connection.opened) >= settings.connection_timeout
+        if verdict is Verdict.GONE or silent:
+            connection.end(NO_PONG)
+        elif verdict is Verdict.PROBE:
+            connection.probe()
+        if connection.over is None and now - connection.heartbeat_at >= min(30.0, interval):
+            connection.offer_heartbeat()
+
+    def _tell_unhealthy(self, unhealthy: dict[str, list[Connection]]) -> None:
+        """A WARNING when it begins or changes, not at each round."""
+        told: dict[str, tuple[str, ...]] = {}
+        for player_id, connections in unhealthy.items():
+            ids = told[player_id] = tuple(sorted(connection.id for connection in connections))
+            if self._told_unhealthy.get(player_id) != ids:
+                log.warning(
+                    f"Unhealthy connections for player {player_id}",
+                    player_id=player_id,
+                    connection_ids=list(ids),
+                    why=[connection.why for connection in connections],
+                )
+        self._told_unhealthy = told
+
+    async def hear_failures(self) -> None:
+        """A write has failed: the connection's own task may be waiting for a client that is gone."""
+        async for failure in self._failures:
+            connection = failure.connection
+            if connection.over is None and connection.link.ended is not None:
+                connection.end(connection.link.ended, by=connection.link.ended_by)
+
+    # What is written behind, and what goes.
+
+    async def note_forever(self) -> None:
+        while True:
+            await trio.sleep(NOTE_SECONDS)
+            await self.note()
+
+    async def note(self) -> bool:
+        """Write marks and rows of connections behind; False if the store would not."""
+        notes = self._context.hub.notes()
+        if notes is None:
+            return True
+        try:
+            await self._context.hub.storage.note(notes)
+        except StoreError:
+            return False  # health tells; they are kept and tried again
+        self._context.hub.noted(notes)
+        return True
+
+    async def clean_forever(self) -> None:
+        while True:
+            await trio.sleep(self._context.settings.cleanup_interval)
+            await self.clean()
+
+    async def clean(self) -> None:
+        """Expired sessions and messages go; connections that should not be there are counted."""
+        context = self._context
+        settings = context.settings
+        bounds = Bounds(
+            message_seconds=settings.message_retention,
+            message_count=settings.message_retention_count,
+            session_seconds=settings.session_retention,
+            store_bytes=settings.max_store_bytes,
+        )
+        counts: dict[str, int] = {}
+        try:
+            expired = await self._expire(bounds)
+            while True:
+                cleaned = await context.hub.storage.clean(bounds)
+                for name in ("messages", "sessions", "answers", "subscriptions", "requests", "expired_mail"):
+                    counts[name] = counts.get(name, 0) + getattr(cleaned, name)
+                if not cleaned.more:
+                    break
+        except StoreError as error:
+            database_log.warning("Clean-up postponed", error_type=ErrorType.PERSISTENCE.value, reason=str(error))
+            return
+        if counts.get("expired_mail"):
+            self._tell_expired_mail(counts["expired_mail"])
+        dead = [c for c in list(context.hub.connections.values()) if c.over is not None]
+        for connection in dead:
+            connection.session.detach(connection)
+        log.info(f"Cleaned up {len(dead)} old connections", expired_sessions=expired, **counts)
+
+    async def _expire(self, bounds: Bounds) -> int:
+        """Sessions that have been offline for longer than messages are kept end, one by one."""
+        count = 0
+        while True:
+            rows = await self._context.hub.storage.expired_sessions(bounds, EXPIRE_AT_ONCE)
+            done = 0
+            for player_id, session_id in rows:
+                done += await self._registrar.expire(player_id, session_id)
+            count += done
+            if len(rows) < EXPIRE_AT_ONCE or not done:
+                return count
+
+    def _tell_expired_mail(self, count: int) -> None:
+        self._context.statistics.failed(count, "expired")
+        log.warning(
+            "Message delivery failed",
+            error_type=ErrorType.DELIVERY.value,
+            delivery_error="mail expired",
+            reason="nobody came for it within MESSAGE_RETENTION",
+            count=count,
+        )
+
+    # Gauges.
+
+    async def probe_store_forever(self) -> None:
+        """A tiny write now and then, so that trouble is seen, and seen to be over, without traffic."""
+        while True:
+            await trio.sleep(PROBE_SECONDS)
+            try:
+                await self._context.hub.storage.probe()
+            except StoreError as error:
+                database_log.error(
+                    "Database connection failed",
+                    error_type=ErrorType.PERSISTENCE.value,
+                    driver="sqlite3",
+                    reason=str(error),
+                )
+
+    async def watch_memory(self) -> None:
+        process = psutil.Process()
+        while True:
+            self.memory_percent = psutil.virtual_memory().percent
+            high = self.memory_percent > MEMORY_HIGH_PERCENT
+            if high and not self._memory_was_high:
+                memory_log.warning("High memory usage", percent=self.memory_percent, rss=process.memory_info().rss)
+            self._memory_was_high = high
+            await trio.sleep(MEMORY_SECONDS)
+
+    async def watch_lag(self) -> None:
+        """How late the event loop runs a task that is due."""
+        while True:
+            due = trio.current_time() + LAG_SECONDS
+            await trio.sleep_until(due)
+            self._context.statistics.loop_lag((trio.current_time() - due) * 1000)

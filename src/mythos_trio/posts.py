@@ -1,0 +1,295 @@
+"""POSTs that the front door answers itself: publishing, commands and acknowledgements.
+
+Their clients keep the connection. (Through Hypercorn and Quart a POST costs five times what it costs
+FastAPI, and its answer cannot be timed out.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
+
+import trio
+from attrs import frozen
+
+from mythos_trio import http1, logs
+from mythos_trio.core import names, wire
+from mythos_trio.core.errors import ErrorType, Refusal, invalid
+from mythos_trio.core.messages import PublisherMessage, check_message, decode_json, make_body
+from mythos_trio.core.rates import Buckets
+from mythos_trio.core.requests import Command, ack_position, parse_command
+from mythos_trio.core.transaction import MAX_EFFECTS, Append, Committed, Request, Transaction
+from mythos_trio.dispatcher import Submission, raise_if_refused
+from mythos_trio.registrar import check_current
+from mythos_trio.seams import rfc3339
+from mythos_trio.streams import Streams, refuse_http
+
+if TYPE_CHECKING:
+    from mythos_trio.access import Access, Visitor
+    from mythos_trio.connection import Connection
+    from mythos_trio.handlers import Context
+    from mythos_trio.http1 import Head
+    from mythos_trio.link import Link
+    from mythos_trio.registrar import Registrar
+    from mythos_trio.session import LiveSession
+
+log = logs.get("delivery")
+
+# A batch of small messages: the bound of one transaction, with room for JSON's overhead.
+MAX_BODY: Final = 2 << 20
+BODY_SECONDS: Final = 30.0
+COMMIT_SECONDS: Final = 30.0
+# What a POST waits for beyond the handlers that may run before its own.
+ANSWER_SECONDS: Final = 20.0
+
+
+@frozen
+class _Item:
+    """One publication of a request."""
+
+    target: str
+    message: PublisherMessage
+    id: str
+    digest: bytes | None
+
+
+class PostAsker:
+    """A command that came by POST is answered in its body."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.reply = b""
+
+    def answer(self, command_id: str, body: bytes, position: int | None) -> None:
+        self.command_id = command_id
+        self.reply = body
+        self.position = position
+        self.done.set()
+
+
+class Posts:
+    """See the module's docstring."""
+
+    def __init__(self, context: Context, registrar: Registrar, streams: Streams, access: Access) -> None:
+        self._context = context
+        self._registrar = registrar
+        self._streams = streams
+        self._access = access
+        limit = context.settings.publish_rate_limit
+        window = context.settings.rate_limit_window
+        self._publishes = None if limit is None else Buckets(limit, window)
+
+    async def serve(self, link: Link, head: Head, visitor: Visitor) -> bool:
+        """Answer one POST; whether the connection can be kept for the next."""
+        try:
+            body = await http1.read_body(link, head, limit=MAX_BODY, timeout=BODY_SECONDS)
+        except Refusal as refusal:
+            # The rest of the body may still come: it must not be taken for a request.
+            self._count(refusal, visitor)
+            await refuse_http(
+                link,
+                refusal,
+                now=self._context.clock.now(),
+                server_id=self._context.hub.server_id,
+                headers=self._access.cors_headers(head),
+            )
+            return False
+        keep = head.keep_alive
+        cors = self._access.cors_headers(head)
+        server_id = self._context.hub.server_id
+        try:
+            status, answer = await self._route(head, visitor, body)
+            data = http1.response(status, answer, headers=cors, keep_alive=keep, server_id=server_id)
+        except Refusal as refusal:
+            self._count(refusal, visitor)
+            now = self._context.clock.now()
+            data = http1.refused(refusal, now=now, server_id=server_id, headers=cors, keep_alive=keep)
+        await link.send_all(data)
+        return keep
+
+    def _count(self, refusal: Refusal, visitor: Visitor) -> None:
+        self._context.statistics.error(
+            refusal.error_type, refusal.message, visitor.player_id, self._context.clock.now()
+        )
+
+    async def _route(self, head: Head, visitor: Visitor, body: bytes) -> tuple[int, bytes]:
+        if self._context.draining:
+            raise Refusal(ErrorType.SYSTEM, "the server is restarting", status=503, retry_ms=1000)
+        if head.path == "/api/messages":
+            visitor.require_scope("publish")
+            return 202, await self._publish(head, visitor, decode_json(body))
+        player = names.player_id(unquote(head.path.split("/")[3]))
+        visitor.require_player(player)
+        value = decode_json(body)
+        if not isinstance(value, dict):
+            raise invalid("the body is a JSON object")
+        if head.path.endswith("/commands"):
+            return await self._command(player, value)
+        return 200, self._ack(player, value)
+
+    # Publishing.
+
+    async def _publish(self, head: Head, visitor: Visitor, value: object) -> bytes:
+        self._check_rate(visitor)
+        key = head.header("idempotency-key")
+        if key is not None:
+            names.message_id(key)
+        batch = value if isinstance(value, list) else [value]
+        if not 1 <= len(batch) <= MAX_EFFECTS:
+            raise invalid(f"a batch has 1-{MAX_EFFECTS} messages")
+        items = [self._item(entry, index, key) for index, entry in enumerate(batch)]
+        transaction = self._transaction(items, key)
+        submission = await self._context.dispatcher.submit(transaction)
+        with trio.move_on_after(COMMIT_SECONDS):
+            outcome = raise_if_refused(await submission.wait())
+            answers = self._answers(items, submission, outcome)
+            return wire.encode(answers if isinstance(value, list) else answers[0])
+        raise Refusal(
+            ErrorType.PERSISTENCE,
+            "not stored yet, and it is not known whether it will be: publish it again with the same id",
+            status=503,
+            retry_ms=5000,
+        )
+
+    def _check_rate(self, visitor: Visitor) -> None:
+        if self._publishes is None:
+            return
+        key = visitor.token_id or visitor.player_id or visitor.address
+        wait = self._publishes.take(key, trio.current_time())
+        if wait:
+            raise Refusal(
+                ErrorType.RATE_LIMIT,
+                "too many messages published: PUBLISH_RATE_LIMIT",
+                status=429,
+                retry_ms=int(wait * 1000) + 1,
+            )
+
+    def _item(self, entry: object, index: int, key: str | None) -> _Item:
+        if not isinstance(entry, dict):
+            raise invalid('a publication is an object: {"player_id": …, "message": {…}}')
+        unknown = entry.keys() - {"player_id", "channel", "broadcast", "message"}
+        if unknown:
+            raise invalid(f"unknown field {sorted(unknown)[0]!r}", field=sorted(unknown)[0])
+        target = _target(entry)
+        message = check_message(entry.get("message"), self._context.settings.max_message_size)
+        id = message.id
+        if id is None and key is not None:
+            # A retry with the same key finds the same ids, so it is known for what it is.
+            id = "key-" + blake2b(f"{index}:{key}".encode(), digest_size=16).hexdigest()
+        if id is None:
+            return _Item(target, message, self._context.randomness.token(), None)
+        digest = blake2b(target.encode() + b"\0" + message.digest, digest_size=16).digest()
+        return _Item(target, message, id, digest)
+
+    def _transaction(self, items: list[_Item], key: str | None) -> Transaction:
+        timestamp = rfc3339(self._context.clock.now())
+        transaction = Transaction()
+        for item in items:
+            said = item.message
+            body = make_body(item.id, said.type, said.content, timestamp, said.fields)
+            transaction.effects.append(Append(item.target, item.id, body, item.digest))
+        if key is not None:
+            digests = b"".join(item.target.encode() + item.message.digest for item in items)
+            transaction.request = Request(key, blake2b(digests, digest_size=16).digest())
+        return transaction
+
+    def _answers(self, items: list[_Item], submission: Submission, outcome: Committed) -> list[dict[str, Any]]:
+        answers = []
+        for index, item in enumerate(items):
+            answer: dict[str, Any] = {
+                "id": item.id,
+                "seq": outcome.seqs[index],
+                "epoch": self._context.hub.epoch,
+                "connections": submission.connections[index],
+            }
+            if index in outcome.duplicates:
+                answer["duplicate"] = True
+                log.info("Duplicate message detected", message_id=item.id, seq=outcome.seqs[index])
+            answers.append(answer)
+        return answers
+
+    # Commands and acknowledgements.
+
+    async def _command(self, player: str, value: dict[str, Any]) -> tuple[int, bytes]:
+        _check_fields(value, {"type", "id", "content", "session_id", "connection_id"})
+        if value.get("type", "command") != "command":
+            raise invalid('"type" is "command" here', field="type")
+        id = value.get("id")
+        command: Command = parse_command(value, None if id is None else names.message_id(id))
+        session = self._session(player, value)
+        self._sign_of_life(session, value)
+        self._streams.take_command(player)
+        asker = PostAsker()
+        await session.submit(command, asker)
+        seconds = self._context.settings.handler_timeout * (session.waiting_commands + 1) + ANSWER_SECONDS
+        with trio.move_on_after(seconds):
+            await asker.done.wait()
+            return self._reply(asker)
+        raise Refusal(
+            ErrorType.SYSTEM, "the command is not answered yet: ask again with the same id", status=503, retry_ms=1000
+        )
+
+    def _reply(self, asker: PostAsker) -> tuple[int, bytes]:
+        hub = self._context.hub
+        position = hub.newest if asker.position is None else asker.position
+        answer = decode_json(asker.reply)
+        kind = "" if answer["ok"] else answer["error"]["error_type"]
+        not_run = kind in (ErrorType.PERSISTENCE, ErrorType.CAPACITY)
+        return 503 if not_run else 200, wire.reply(asker.command_id, asker.reply, f"{hub.epoch}-{position}")
+
+    def _ack(self, player: str, value: dict[str, Any]) -> bytes:
+        _check_fields(value, {"type", "id", "position", "session_id", "connection_id"})
+        position = ack_position(value)
+        session = self._session(player, value)
+        connection = self._sign_of_life(session, value)
+        self._streams.acknowledge(session, None, position)
+        if connection is not None:
+            connection.confirm(position.seq)
+        return wire.encode({"success": True, "position": f"{self._context.hub.epoch}-{session.seen}"})
+
+    def _session(self, player: str, value: dict[str, Any]) -> LiveSession:
+        """The live session that a POST is for."""
+        session = self._context.hub.sessions.get(player)
+        named = names.session_id(value.get("session_id"))
+        if session is None or session.over:
+            raise Refusal(ErrorType.SESSION, f"player {player!r} is not connected: connect first", status=409)
+        check_current(session.session_id, named)
+        return session
+
+    def _sign_of_life(self, session: LiveSession, value: dict[str, Any]) -> Connection | None:
+        """A POST that names its connection shows that the client is alive."""
+        named = value.get("connection_id")
+        if named is None:
+            return None
+        connection = session.connections.get(named) if isinstance(named, str) else None
+        if connection is None:
+            raise Refusal(
+                ErrorType.CONNECTION,
+                "no such connection in this session",
+                status=409,
+                details={"field": "connection_id"},
+            )
+        connection.post_at = trio.current_time()
+        return connection
+
+
+def _target(entry: Mapping[str, Any]) -> str:
+    given = [name for name in ("player_id", "channel", "broadcast") if name in entry]
+    if len(given) != 1:
+        raise invalid('name one target: "player_id", "channel" or "broadcast": true', field="player_id")
+    match given[0]:
+        case "player_id":
+            return names.to_player(names.player_id(entry["player_id"]))
+        case "channel":
+            return names.to_channel(names.channel(entry["channel"]))
+        case _ if entry["broadcast"] is True:
+            return names.EVERYONE
+    raise invalid('"broadcast" is true or absent', field="broadcast")
+
+
+def _check_fields(value: Mapping[str, Any], known: set[str]) -> None:
+    unknown = value.keys() - known
+    if unknown:
+        raise invalid(f"unknown field {sorted(unknown)[0]!r}", field=sorted(unknown)[0])

@@ -1,0 +1,357 @@
+"""The composition root: what exists, who runs it, and how it stops.
+
+Read top to bottom it is the list of the server's parts and the tree of its tasks. A crash in any of them
+ends the process, loudly, with what is stored intact; a crash in a player's session does not get here.
+
+Stopping (contract, section 5): not ready, and nothing new is taken; running handlers have half of
+DRAIN_TIMEOUT; what is queued is committed, delivered and replied to; connections are told when to come
+back; marks are stored and the store is closed in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from mythos_trio import __version__, logs
+from mythos_trio.access import Access
+from mythos_trio.api import create_app
+from mythos_trio.bridge import Bridge
+from mythos_trio.checker import Checker
+from mythos_trio.config import Settings, sqlite_path
+from mythos_trio.core.errors import DRAIN, ErrorType
+from mythos_trio.dispatcher import Dispatcher, Failure
+from mythos_trio.front import Front
+from mythos_trio.game import Game, load_game
+from mythos_trio.handlers import Context, GameRunner
+from mythos_trio.hub import Hub
+from mythos_trio.monitor import Monitor, Stage
+from mythos_trio.net import Listener, open_listeners
+from mythos_trio.posts import Posts
+from mythos_trio.registrar import Registrar
+from mythos_trio.seams import Clock, Randomness, SystemClock, SystemRandomness
+from mythos_trio.sqlite import SqliteDatabase
+from mythos_trio.sse import SSETransport
+from mythos_trio.statistics import Statistics
+from mythos_trio.storage import Database, Runner, Storage, StoreError, ThreadRunner
+from mythos_trio.streams import Streams
+from mythos_trio.websocket import WebSocketTransport
+
+if TYPE_CHECKING:
+    from mythos_trio.access import Visitor
+    from mythos_trio.http1 import Head
+    from mythos_trio.link import Link
+
+log = logs.get("server")
+database_log = logs.get("database")
+
+DEFAULT_GAME: Final = "mythos_trio.world:DefaultGame"
+MAX_FAILURES: Final = 1024
+# What is left of DRAIN_TIMEOUT for the last words, the marks and the store.
+LAST_SECONDS: Final = 2.0
+# Clients are told to come back at this rate, so that a full server does not get them all at once.
+RETURNS_A_SECOND: Final = 1000
+FIRST_RETURN_MS: Final = 500
+
+EXIT_OK: Final = 0
+EXIT_FAILED: Final = 1
+
+
+class Handlers:
+    """What the front door hands its requests to."""
+
+    def __init__(
+        self, streams: Streams, registrar: Registrar, posts: Posts, websocket: WebSocketTransport, sse: SSETransport
+    ) -> None:
+        self._streams = streams
+        self._registrar = registrar
+        self._posts = posts
+        self._websocket = websocket
+        self._sse = sse
+
+    async def websocket(self, link: Link, head: Head, visitor: Visitor, player: str) -> None:
+        await self._streams.serve(link, head, visitor, player, self._websocket)
+
+    async def sse(self, link: Link, head: Head, visitor: Visitor, player: str) -> None:
+        if head.header("last-event-id") and not head.query.get("session_id") and self._registrar.was_removed(player):
+            # The browser's own reconnect of a player whom the operator has just removed.
+            await self._sse.gone(link, head)
+            return
+        await self._streams.serve(link, head, visitor, player, self._sse)
+
+    async def post(self, link: Link, head: Head, visitor: Visitor) -> bool:
+        return await self._posts.serve(link, head, visitor)
+
+
+class Server:
+    """One server process. The seams come in here, so that tests can run it whole in virtual time."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        game: Game,
+        database: Database,
+        runner: Runner,
+        clock: Clock,
+        randomness: Randomness,
+        statistics: Statistics | None = None,
+    ) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.storage = Storage(database, runner, clock)
+        self.statistics = statistics or Statistics()
+        self.hub = Hub(self.storage, settings.server_id)
+        failures, self._failures = trio.open_memory_channel[Failure](MAX_FAILURES)
+        self.dispatcher = Dispatcher(
+            self.hub,
+            self.storage,
+            self.statistics,
+            clock,
+            batch_size=settings.message_batch_size,
+            failures=failures,
+        )
+        self.context = Context(
+            hub=self.hub,
+            dispatcher=self.dispatcher,
+            game=game,
+            settings=settings,
+            statistics=self.statistics,
+            clock=clock,
+            randomness=randomness,
+        )
+        self._randomness = randomness
+        self.access = Access(settings, clock)
+        self.registrar = Registrar(self.context)
+        self.streams = Streams(self.context, self.registrar, self.access)
+        self.checker = Checker(self.context, self.registrar, self._failures)
+        self.monitor: Monitor | None = None
+        self.front: Front | None = None
+        self._stop = trio.Event()
+        self._hurry = trio.CancelScope()
+        self._stopping = False
+        self.exit_code = EXIT_FAILED
+
+    def stop(self) -> None:
+        """Drain; a second call hurries."""
+        if self._stop.is_set():
+            self._hurry.cancel()
+        self._stop.set()
+
+    async def serve(
+        self,
+        listeners: Sequence[Listener],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> int:
+        """Run until stopped; the exit code. Raises `StoreUnusable` if the store cannot be opened."""
+        recovered = await self.storage.open()
+        database_log.info("Database connection successful", driver="sqlite3", recovered=len(recovered.sessions))
+        self.hub.start(recovered.epochs, recovered.newest)
+        self.monitor = monitor = Monitor(
+            self.hub, self.dispatcher, self.checker, self.storage, self.statistics, self.settings, self.clock
+        )
+        app = create_app(
+            monitor, self.registrar, self.dispatcher, self.access, self.settings, self.settings.server_id, self.clock
+        )
+        bridge = Bridge(app, self.settings)
+        self.front = self._front(bridge)
+        self.context.game.bind(GameRunner(self.context))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.dispatcher.write_forever, name="writer")
+            nursery.start_soon(self.dispatcher.dispatch_forever, name="dispatcher")
+            await nursery.start(self.registrar.run, name="registrar")
+            await nursery.start(self.streams.run, name="streams")
+            for loop in self.checker.loops():
+                nursery.start_soon(loop, name=f"health checker: {loop.__name__}")
+            await nursery.start(bridge.run, name="bridge")
+            self.registrar.recover(recovered.sessions)
+            for listener in listeners:
+                nursery.start_soon(self.front.serve, listener, name="front door")
+            monitor.stage = Stage.READY
+            log.info("Server ready", pid=os.getpid(), version=__version__, epoch=self.hub.epoch)
+            task_status.started()
+            await self._stop.wait()
+            await self._drain(monitor)
+            nursery.cancel_scope.cancel()
+        return self.exit_code
+
+    def _front(self, bridge: Bridge) -> Front:
+        settings = self.settings
+        websocket = WebSocketTransport(
+            self.streams,
+            self.access,
+            self.clock,
+            max_message_size=settings.max_message_size,
+            server_id=settings.server_id,
+        )
+        sse = SSETransport(self.access, self.clock, server_id=settings.server_id)
+        posts = Posts(self.context, self.registrar, self.streams, self.access)
+        handlers = Handlers(self.streams, self.registrar, posts, websocket, sse)
+        return Front(
+            settings,
+            access=self.access,
+            handlers=handlers,
+            bridge=bridge,
+            log=logs.get("connection"),
+            clock=self.clock,
+            statistics=self.statistics,
+        )
+
+    # Stopping.
+
+    async def _drain(self, monitor: Monitor) -> None:
+        """The five steps. A commit that hangs is abandoned; then the exit code says so."""
+        began = trio.current_time()
+        total = self.settings.drain_timeout
+        monitor.stage = Stage.DRAINING
+        self.context.draining = True
+        if self.front is not None:
+            self.front.draining = True
+        log.info("Draining", connections=len(self.hub.connections), sessions=len(self.hub.sessions))
+        for session in list(self.hub.sessions.values()):
+            session.drain()
+        with self._hurry:
+            with trio.move_on_at(began + max(total - LAST_SECONDS, total / 2)):
+                await self._finish_handlers(began + total / 2)
+                await self.dispatcher.wait_idle()
+        self._say_goodbye()
+        with trio.move_on_at(began + total) as deadline:
+            await self.streams.wait_quiet()
+            if self.front is not None:
+                self.front.stop_accepting()
+            self.exit_code = await self._close_store()
+        if deadline.cancelled_caught:
+            self.exit_code = EXIT_FAILED
+            log.error(
+                "Unexpected error in drain: the store was not closed in order within DRAIN_TIMEOUT",
+                error_type=ErrorType.PERSISTENCE.value,
+            )
+        log.info("Server stopped", exit_code=self.exit_code, seconds=round(trio.current_time() - began, 3))
+
+    async def _finish_handlers(self, until: float) -> None:
+        """Running handlers may end by themselves until then; after that they are cut off."""
+        with trio.move_on_at(until):
+            await self._wait_handlers()
+        for scope in list(self.context.handlers):
+            scope.cancel()
+        await self._wait_handlers()
+
+    async def _wait_handlers(self) -> None:
+        while any(session.running_handler for session in self.hub.sessions.values()):
+            await trio.sleep(0.01)
+
+    def _say_goodbye(self) -> None:
+        """Tell every client when to come back, spread out."""
+        connections = list(self.hub.connections.values())
+        spread = 1000 * len(connections) / RETURNS_A_SECOND
+        for connection in connections:
+            retry_ms = int(FIRST_RETURN_MS + self._randomness.uniform(0, spread))
+            connection.end(DRAIN, retry_ms=retry_ms)
+
+    async def _close_store(self) -> int:
+        noted = await self.checker.note()
+        try:
+            await self.storage.close()
+        except StoreError as error:
+            database_log.error(
+                "Unexpected error in closing the store",
+                error_type=ErrorType.PERSISTENCE.value,
+                reason=str(error),
+            )
+            return EXIT_FAILED
+        return EXIT_OK if noted else EXIT_FAILED
+
+
+# The process.
+
+
+def raise_file_limit() -> int:
+    """Raise the soft limit of open files to the hard one; how many there may be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def run(
+    settings: Settings,
+    game_spec: str = DEFAULT_GAME,
+    *,
+    announce: Callable[[list[tuple[str, int]]], None] = lambda _: None,
+) -> int:
+    """Serve until SIGTERM or SIGINT; the exit code. Logging has been set up by the caller.
+
+    :param announce: is told the addresses when the server is ready.
+    :raises PortTaken: :raises StoreUnusable: :raises GameSpecError:
+    """
+    game = load_game(game_spec)
+    files = raise_file_limit()
+    if files < settings.max_total_connections + 100:
+        log.warning(
+            "The limit of open files is lower than MAX_TOTAL_CONNECTIONS",
+            files=files,
+            setting="MAX_TOTAL_CONNECTIONS, or LimitNOFILE of the service",
+        )
+    database = SqliteDatabase(
+        sqlite_path(settings.database_url),
+        durability=settings.durability,
+        max_store_bytes=settings.max_store_bytes,
+    )
+    listeners = open_listeners(settings.host, settings.port)
+    try:
+        return trio.run(_main, settings, game, database, listeners, announce)
+    finally:
+        for listener in listeners:
+            listener.close()
+
+
+async def _main(
+    settings: Settings,
+    game: Game,
+    database: Database,
+    listeners: Sequence[Listener],
+    announce: Callable[[list[tuple[str, int]]], None],
+) -> int:
+    statistics = Statistics()
+    logs.on_error(statistics.logged)
+    server = Server(
+        settings,
+        game=game,
+        database=database,
+        runner=ThreadRunner(),
+        clock=SystemClock(),
+        randomness=SystemRandomness(),
+        statistics=statistics,
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_hear_signals, server)
+        nursery.start_soon(_announce_when_ready, server, listeners, announce)
+        code = await server.serve(listeners)
+        nursery.cancel_scope.cancel()
+    return code
+
+
+async def _announce_when_ready(
+    server: Server, listeners: Sequence[Listener], announce: Callable[[list[tuple[str, int]]], None]
+) -> None:
+    while server.monitor is None or server.monitor.stage is not Stage.READY:
+        await trio.sleep(0.01)
+    announce([listener.address for listener in listeners])
+
+
+async def _hear_signals(server: Server, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        task_status.started()
+        async for number in signals:
+            if number == signal.SIGHUP:
+                logs.reopen()
+            else:
+                server.stop()

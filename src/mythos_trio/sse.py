@@ -1,0 +1,99 @@
+"""The SSE transport: one endless answer, written by the link (HTML standard, "server-sent events").
+
+What the client says comes by POST (`mythos_trio.posts`). Reading only finds out that it has left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final
+
+from mythos_trio import http1
+from mythos_trio.core import wire
+from mythos_trio.core.errors import BUSY, Close, ErrorType, Refusal
+from mythos_trio.streams import refuse_http
+
+if TYPE_CHECKING:
+    from mythos_trio.access import Access
+    from mythos_trio.connection import Connection
+    from mythos_trio.http1 import Head
+    from mythos_trio.link import Link
+    from mythos_trio.seams import Clock
+
+# How long a browser waits before it comes back by itself, unless it was told otherwise.
+RETRY_MS: Final = 1000
+
+_LEFT: Final = Close(1000, "the client left", ErrorType.CONNECTION)
+
+_GONE: Final = Close(1000, "there is nothing to come back to", ErrorType.SESSION)
+
+
+class SSETransport:
+    name = "sse"
+    title = "SSE"
+    framing = wire.SSE
+
+    def __init__(self, access: Access, clock: Clock, *, server_id: str) -> None:
+        self._access = access
+        self._clock = clock
+        self._server_id = server_id
+
+    @asynccontextmanager
+    async def open(self, link: Link, head: Head) -> AsyncIterator[SSEChannel]:
+        await link.send_all(self._head(head))
+        yield SSEChannel()
+
+    def _head(self, head: Head) -> bytes:
+        """The answer's head. No length and no chunks: the stream ends with the connection (RFC 9112,
+        section 6.3). Proxies are asked not to gather and not to compress."""
+        headers = [
+            ("Content-Type", "text/event-stream; charset=utf-8"),
+            ("Cache-Control", "no-cache, no-transform"),
+            ("X-Accel-Buffering", "no"),
+            ("Connection", "close"),
+            ("Server-Id", self._server_id),
+            *self._access.cors_headers(head),
+        ]
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
+        return b"HTTP/1.1 200 OK\r\n" + lines.encode("latin-1") + b"\r\n"
+
+    async def refuse(self, link: Link, head: Head, refusal: Refusal) -> None:
+        """An EventSource comes back by itself after 200, and stops for good on every other status."""
+        close = refusal.close or (BUSY if refusal.status in (429, 503) else None)
+        if close is None or close.code == 4500:
+            headers = self._access.cors_headers(head)
+            await refuse_http(link, refusal, now=self._clock.now(), server_id=self._server_id, headers=headers)
+            return
+        if close.reconnect:
+            retry_ms = RETRY_MS if refusal.retry_ms is None else refusal.retry_ms
+            words = wire.sse_event(wire.disconnect(close, retry_ms), None, retry_ms=retry_ms)
+            link.last_words(self._head(head) + words, close)
+            await link.linger()
+        else:
+            await self.gone(link, head)
+
+    async def gone(self, link: Link, head: Head) -> None:
+        """204: an EventSource stops for good."""
+        link.last_words(self._no_content(head), _GONE)
+        await link.linger()
+
+    def _no_content(self, head: Head) -> bytes:
+        headers = self._access.cors_headers(head)
+        return http1.response(204, b"", headers=headers, keep_alive=False, server_id=self._server_id)
+
+    def welcome(self, payload: bytes, position: str) -> bytes:
+        return wire.sse_event(payload, position, retry_ms=RETRY_MS)
+
+
+class SSEChannel:
+    """An accepted event stream."""
+
+    def __init__(self) -> None:
+        self.left_with: Close | None = None
+
+    async def read(self, connection: Connection) -> None:
+        """Until the client leaves. What it sends has no meaning here and is dropped."""
+        while await connection.link.receive_some():
+            pass
+        self.left_with = _LEFT

@@ -1,0 +1,600 @@
+"""A connection's life, the same on both transports: let in, start, read, end.
+
+The front door's task asks the registrar for the player's session and hands the link over: from then on
+everything of the connection runs in the player's nursery (`Streams._live`), and ends with it. What must
+outlive it by a moment, the wait for the peer to take the last words, is done in `Streams.run`'s nursery.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Final, Protocol
+
+import trio
+from attrs import define, field, frozen
+
+from mythos_trio import http1, logs
+from mythos_trio.access import TokenError
+from mythos_trio.connection import READ_MESSAGES, Connection
+from mythos_trio.core import names, wire
+from mythos_trio.core.errors import (
+    BAD_TOKEN,
+    BUSY,
+    FAULT,
+    RATE,
+    SUPERSEDED,
+    TOO_MANY,
+    Close,
+    ErrorType,
+    Refusal,
+    busy,
+)
+from mythos_trio.core.position import Gap, Position, Resume, parse_position, resume_from
+from mythos_trio.core.rates import Buckets
+from mythos_trio.core.requests import Ack, Auth, ClientRequest, Command, Ping
+from mythos_trio.core.wire import Framing
+from mythos_trio.handlers import draining
+from mythos_trio.link import LOST
+from mythos_trio.storage import Chunk, ConnectionRow, StoreError
+
+if TYPE_CHECKING:
+    from mythos_trio.access import Access, Visitor
+    from mythos_trio.handlers import Context
+    from mythos_trio.http1 import Head
+    from mythos_trio.link import Link
+    from mythos_trio.registrar import Registrar
+    from mythos_trio.session import LiveSession
+
+log = logs.get("connection")
+
+OPEN_SECONDS: Final = 10.0
+HEARTBEAT_SECONDS: Final = 30.0
+# Who was heard of within this time is surely alive: no need to ask before refusing a newcomer.
+HEARD_SECONDS: Final = 5.0
+PROBE_RETRY_MS: Final = 2000
+
+
+class Channel(Protocol):
+    """An accepted connection of one transport, as a context: inside, its tasks run."""
+
+    async def read(self, connection: Connection) -> None:
+        """Take what the client says, until it leaves."""
+        ...
+
+    @property
+    def left_with(self) -> Close | None:
+        """What the client said when it left, if it did."""
+        ...
+
+
+class Transport(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def framing(self) -> Framing: ...
+
+    def open(self, link: Link, head: Head) -> AbstractAsyncContextManager[Channel]:
+        """Accept the connection."""
+        ...
+
+    async def refuse(self, link: Link, head: Head, refusal: Refusal) -> None:
+        """Turn it down in the way that this transport's clients understand; closes the link."""
+        ...
+
+    def welcome(self, payload: bytes, position: str) -> bytes: ...
+
+
+@frozen
+class Wish:
+    """What a client asks for in its request."""
+
+    session_id: str | None
+    position: Position | None
+    replaces: str | None
+
+
+class StartOver(Exception):
+    """The session has ended between join and attach."""
+
+
+@define(eq=False)
+class _Arrival:
+    """A connection that is being let in."""
+
+    link: Link
+    head: Head
+    visitor: Visitor
+    player_id: str
+    wish: Wish
+    transport: Transport
+    began: float
+    over: trio.Event = field(factory=trio.Event)
+    answering: bool = False
+    """The handshake has begun: the request's bytes have been used."""
+    start_over: bool = False
+
+
+class Streams:
+    """Both transports' connections. `run` is the nursery of what outlives a session by a moment."""
+
+    def __init__(self, context: Context, registrar: Registrar, access: Access) -> None:
+        self._context = context
+        self._registrar = registrar
+        self._access = access
+        settings = context.settings
+        self._connects = Buckets(settings.rate_limit_requests, settings.rate_limit_window)
+        self._commands = Buckets(settings.rate_limit_requests, settings.rate_limit_window)
+        self._abuse = Buckets(settings.rate_limit_requests, settings.rate_limit_window)
+        self._nursery: trio.Nursery | None = None
+        self._arriving = 0
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def wait_quiet(self) -> None:
+        """Until all last words have been taken, or given up."""
+        if self._nursery is None:
+            return
+        while self._nursery.child_tasks:
+            await trio.sleep(0.01)
+
+    # Letting in: the front door's task.
+
+    async def serve(self, link: Link, head: Head, visitor: Visitor, player: str, transport: Transport) -> None:
+        """Let a client in. When this returns, the link is handed over or closed."""
+        began = trio.current_time()
+        self._arriving += 1
+        try:
+            wish = self._wish(head, visitor, player)
+            arrival = _Arrival(link, head, visitor, player, wish, transport, began)
+            while not await self._hand_over(arrival):
+                arrival.over = trio.Event()
+                arrival.start_over = False
+        except Refusal as refusal:
+            self._log_refused(transport, player, visitor.address, refusal)
+            await transport.refuse(link, head, refusal)
+        finally:
+            self._arriving -= 1
+
+    def _wish(self, head: Head, visitor: Visitor, player: str) -> Wish:
+        """What the client asks for, if it may ask at all."""
+        session_id = names.session_id(head.query.get("session_id"))
+        text = head.header("last-event-id") or head.query.get("position") or None
+        position = None if text is None else parse_position(text)
+        visitor.require_player(player)
+        if self._context.draining:
+            raise draining()
+        self._check_server(visitor)
+        return Wish(session_id, position, head.query.get("replaces") or None)
+
+    def _check_server(self, visitor: Visitor) -> None:
+        settings = self._context.settings
+        if len(self._context.hub.connections) + self._arriving > settings.max_total_connections:
+            raise Refusal(
+                ErrorType.CAPACITY,
+                f"the server is full: {settings.max_total_connections} connections (MAX_TOTAL_CONNECTIONS)",
+                status=503,
+                retry_ms=5000,
+            )
+        if not visitor.limited:
+            return
+        wait = self._connects.take(visitor.address, trio.current_time())
+        if wait:
+            raise Refusal(
+                ErrorType.RATE_LIMIT,
+                "too many connects from this address",
+                status=429,
+                retry_ms=int(wait * 1000) + 1,
+            )
+
+    async def _hand_over(self, arrival: _Arrival) -> bool:
+        """Hand the link to the player's nursery; False if the session ended before it was attached."""
+        session = await self._registrar.join(arrival.player_id, arrival.wish.session_id)
+        try:
+            taken = await session.adopt(
+                self._live, session, arrival, name=f"{arrival.transport.name} of {arrival.player_id}"
+            )
+            if not taken:
+                return False
+        except BaseException:
+            session.departed()
+            raise
+        # From here on `_live` lowers `arriving`. This task waits until the connection is attached, so
+        # that the front door counts it as a handshake under way.
+        with trio.move_on_after(OPEN_SECONDS):
+            await arrival.over.wait()
+        return not arrival.start_over
+
+    def _log_refused(self, transport: Transport, player: str, address: str, refusal: Refusal) -> None:
+        self._context.statistics.error(refusal.error_type, refusal.message, player, self._context.clock.now())
+        log.warning(
+            f"{transport.title} refused",
+            error_type=refusal.error_type.value,
+            reason=refusal.message,
+            player_id=player,
+            address=address,
+            code=refusal.close.code if refusal.close else refusal.status,
+        )
+
+    # Living: a task of the player's nursery.
+
+    async def _live(self, session: LiveSession, arrival: _Arrival) -> None:
+        """All of one connection's life."""
+        link = arrival.link
+        connection = self._connection(session, arrival)
+        assert session.nursery is not None  # adopt() has just started this task in it
+        link.start = session.nursery.start_soon
+        opened = False
+        channel: Channel | None = None
+        try:
+            with connection.scope:
+                link.on_end = connection.scope.cancel
+                if link.ended is not None:
+                    return
+                await trio.lowlevel.checkpoint_if_cancelled()
+                arrival.answering = True
+                try:
+                    async with arrival.transport.open(link, arrival.head) as channel:
+                        opened = True
+                        with trio.fail_after(OPEN_SECONDS):
+                            await self._begin(connection, session, arrival)
+                        arrival.over.set()
+                        await channel.read(connection)
+                except* (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+                    pass
+                except* StartOver:
+                    connection.end(BUSY, retry_ms=0)
+                except* Refusal as group:
+                    self._turn_down(connection, arrival, group)
+        except* Exception as group:
+            log.error(
+                f"Connection error in {arrival.transport.name}",
+                error_type=ErrorType.CONNECTION.value,
+                player_id=session.player_id,
+                connection_id=connection.id,
+                exc_info=group,
+            )
+            if opened:
+                connection.end(FAULT)
+        finally:
+            self._finish(connection, session, arrival, channel, opened)
+
+    def _turn_down(self, connection: Connection, arrival: _Arrival, group: BaseExceptionGroup[Refusal]) -> None:
+        refusal = group.exceptions[0]
+        while isinstance(refusal, BaseExceptionGroup):
+            refusal = refusal.exceptions[0]
+        assert isinstance(refusal, Refusal)  # of a group of refusals
+        self._log_refused(arrival.transport, arrival.player_id, arrival.visitor.address, refusal)
+        connection.end(refusal.close or BUSY, retry_ms=refusal.retry_ms)
+
+    def _connection(self, session: LiveSession, arrival: _Arrival) -> Connection:
+        visitor = arrival.visitor
+        connection = Connection(
+            id=self._context.randomness.token(),
+            framing=arrival.transport.framing,
+            link=arrival.link,
+            session=session,
+            hub=self._context.hub,
+            address=visitor.address,
+            observable=not visitor.proxied,
+            opened_at=self._context.clock.now(),
+        )
+        connection.expires_at = visitor.expires_at
+        return connection
+
+    async def _begin(self, connection: Connection, session: LiveSession, arrival: _Arrival) -> None:
+        """Find where the connection starts, attach it, and send the welcome."""
+        hub = self._context.hub
+        self._make_room(session, arrival.wish.replaces)
+        named = arrival.wish.position
+        resume = self._resume(session, named)
+        chunk = await self._first_chunk(session, resume.after)
+        if session.over:
+            raise StartOver
+        if named is not None and (resume.gap is None or resume.gap.reason == "epoch"):
+            session.saw(resume.after)
+        lost = chunk is not None and chunk.lost > 0
+        resumed = not session.fresh and resume.gap is None and not lost
+        starts_at = str(named if named is not None and (resume.gap or lost) else Position(hub.epoch, resume.after))
+        session.attach(connection)
+        hub.note_opened(self._row(connection, session))
+        connection.begin(
+            arrival.link.start,
+            after=resume.after,
+            first=self._first_words(connection, session, arrival, starts_at, resumed, resume.gap),
+            chunk=chunk,
+            then=self._session_changed(connection, session),
+        )
+        self._log_connected(connection, session, arrival, starts_at, resumed)
+
+    def _make_room(self, session: LiveSession, replaces: str | None) -> None:
+        """Keep to MAX_CONNECTIONS_PER_PLAYER. Who may be dead is asked before anybody is refused."""
+        if replaces is not None and (old := session.connections.get(replaces)) is not None:
+            old.end(SUPERSEDED)
+            session.detach(old)
+        if len(session.connections) < self._context.settings.max_connections_per_player:
+            return
+        now = trio.current_time()
+        silent = []
+        for connection in session.connections.values():
+            connection.heard_bytes()
+            if now - connection.liveness.heard_at > HEARD_SECONDS:
+                silent.append(connection)
+        for connection in silent:
+            connection.probe()
+        if silent:
+            raise busy("too many connections; asking whether they are alive", retry_ms=PROBE_RETRY_MS)
+        raise Refusal(ErrorType.CAPACITY, TOO_MANY.reason, status=503, close=TOO_MANY)
+
+    def _resume(self, session: LiveSession, named: Position | None) -> Resume:
+        hub = self._context.hub
+        if named is None or hub.epochs is None:
+            return Resume(session.seen)
+        return resume_from(named, newest=hub.newest, seen=session.seen, epochs=hub.epochs)
+
+    async def _first_chunk(self, session: LiveSession, after: int) -> Chunk | None:
+        """What has to be read from the store before the log in memory; None if that reaches back."""
+        newest = self._context.hub.newest
+        if after >= (newest if session.log is None else session.log.floor):
+            return None
+        try:
+            return await self._context.hub.storage.read(
+                session.player_id, session.session_id, after, newest, READ_MESSAGES
+            )
+        except StoreError as error:
+            raise Refusal(ErrorType.PERSISTENCE, str(error), status=503, close=BUSY, retry_ms=PROBE_RETRY_MS) from None
+
+    def _first_words(
+        self,
+        connection: Connection,
+        session: LiveSession,
+        arrival: _Arrival,
+        position: str,
+        resumed: bool,
+        gap: Gap | None,
+    ) -> list[bytes]:
+        hub = self._context.hub
+        payload = wire.control(
+            "welcome",
+            player_id=session.player_id,
+            session_id=session.session_id,
+            connection_id=connection.id,
+            server_id=hub.server_id,
+            epoch=hub.epoch,
+            position=position,
+            resumed=resumed,
+            heartbeat_seconds=self.heartbeat_seconds,
+        )
+        first = [arrival.transport.welcome(payload, position)]
+        if gap is not None:
+            first.append(connection.gap_bytes(gap))
+            session.gap_told(connection, gap)
+        return first
+
+    def _session_changed(self, connection: Connection, session: LiveSession) -> list[bytes]:
+        if session.previous_session_id is None:
+            return []
+        payload = wire.control(
+            "session_changed", session_id=session.session_id, previous_session_id=session.previous_session_id
+        )
+        return [connection.framing.control(payload)]
+
+    @property
+    def heartbeat_seconds(self) -> float:
+        return min(HEARTBEAT_SECONDS, self._context.settings.health_check_interval)
+
+    def _row(self, connection: Connection, session: LiveSession) -> ConnectionRow:
+        return ConnectionRow(
+            connection_id=connection.id,
+            player_id=session.player_id,
+            session_id=session.session_id,
+            transport=connection.transport,
+            server_id=self._context.hub.server_id,
+            address=connection.address,
+            opened_at=connection.opened_at,
+        )
+
+    def _log_connected(
+        self, connection: Connection, session: LiveSession, arrival: _Arrival, position: str, resumed: bool
+    ) -> None:
+        ms = (trio.current_time() - arrival.began) * 1000
+        self._context.statistics.established(connection.transport, ms)
+        (log.warning if ms > 1000 else log.info)(
+            f"{arrival.transport.title} connected",
+            establishment_time_ms=round(ms, 3),
+            resumed=resumed,
+            position=position,
+            address=connection.address,
+            player_id=session.player_id,
+            session_id=session.session_id,
+            connection_id=connection.id,
+        )
+
+    # Ending.
+
+    def _finish(
+        self, connection: Connection, session: LiveSession, arrival: _Arrival, channel: Channel | None, opened: bool
+    ) -> None:
+        """Take leave of a connection: nothing here waits, so it is done also when cancelled."""
+        link = arrival.link
+        link.on_end = None
+        connection.look_at_kernel()
+        if not connection.attached and opened:
+            # Cancelled in the middle of the beginning: the session was switched, or crashed.
+            connection.end(BUSY, retry_ms=0)
+        left_with = channel.left_with if channel else None
+        close = connection.over or left_with or link.ended or LOST
+        by = "client" if connection.over is None and (left_with or link.ended is None) else link.ended_by or "server"
+        if connection.attached:
+            self._log_disconnected(connection, session, arrival, close, by)
+            self._context.hub.note_closed(connection, self._context.clock.now())
+        if connection.over is None:
+            connection.over = close
+        session.detach(connection)
+        if not connection.attached:
+            session.departed()
+        arrival.start_over = not arrival.answering and session.over and link.ended is None
+        arrival.over.set()
+        if not arrival.start_over:
+            self._linger(link)
+
+    def _linger(self, link: Link) -> None:
+        """Wait for the peer to take the last words, a second at most, outside of the player's nursery."""
+        if self._nursery is None or link.closed:
+            link.close()
+            return
+        link.start = self._nursery.start_soon
+        try:
+            self._nursery.start_soon(link.linger, name="last words")
+        except RuntimeError:  # the server is stopping, hard
+            link.close()
+
+    def _log_disconnected(
+        self, connection: Connection, session: LiveSession, arrival: _Arrival, close: Close, by: str
+    ) -> None:
+        link = arrival.link
+        lost = max(0, connection.behind) if link.unsent or connection.behind else 0
+        fields = {
+            "player_id": session.player_id,
+            "session_id": session.session_id,
+            "connection_id": connection.id,
+        }
+        log.info(
+            f"{arrival.transport.title} disconnected",
+            code=close.code,
+            reason=close.reason,
+            ended_by=by,
+            duration_seconds=round(trio.current_time() - connection.opened, 3),
+            **fields,
+            **_advice(close),
+        )
+        if lost or link.unsent:
+            self._context.statistics.failed(max(1, lost), "cut")
+            log.warning(
+                "Message delivery failed",
+                error_type=ErrorType.DELIVERY.value,
+                delivery_error="connection cut with unsent messages",
+                reason=close.reason,
+                unsent_bytes=link.unsent,
+                behind=lost,
+                **fields,
+            )
+
+    # What clients say, on either transport.
+
+    async def hear(self, connection: Connection, request: ClientRequest) -> None:
+        """Carry out one request of a live connection; errors are replies."""
+        match request:
+            case Command():
+                await self._command(connection, request)
+            case Ack(position):
+                self.acknowledge(connection.session, connection, position)
+            case Ping(id):
+                connection.offer_pong(wire.control("pong", id=id))
+            case Auth(token):
+                self._renew(connection, token)
+            case _:
+                reply_error(connection, request.id, request.refusal)
+
+    async def _command(self, connection: Connection, command: Command) -> None:
+        try:
+            self.take_command(connection.player_id)
+        except Refusal as refusal:
+            reply_error(connection, command.id, refusal)
+            if self._abuse.take(connection.player_id, trio.current_time()):
+                connection.end(RATE, retry_ms=refusal.retry_ms)
+            return
+        try:
+            await connection.session.submit(command, ConnectionAsker(connection))
+        except Refusal as refusal:
+            reply_error(connection, command.id, refusal)
+
+    def take_command(self, player_id: str) -> None:
+        """Count a command of the player; refuse it beyond the rate."""
+        wait = self._commands.take(player_id, trio.current_time())
+        if wait:
+            settings = self._context.settings
+            raise Refusal(
+                ErrorType.RATE_LIMIT,
+                f"more than {settings.rate_limit_requests} commands in {settings.rate_limit_window:g} seconds",
+                status=429,
+                retry_ms=int(wait * 1000) + 1,
+            )
+
+    def acknowledge(self, session: LiveSession, connection: Connection | None, position: Position) -> None:
+        """An ``ack``: moves the mark of the connection and of the session; deletes nothing."""
+        hub = self._context.hub
+        if position.epoch != hub.epoch or position.seq > hub.newest:
+            refusal = Refusal(
+                ErrorType.VALIDATION,
+                f"{position} cannot be acknowledged: it is of another epoch or lies in the future",
+                status=422,
+                details={"field": "position", "newest": str(Position(hub.epoch, hub.newest))},
+            )
+            if connection is None:
+                raise refusal
+            reply_error(connection, None, refusal)
+        elif connection is None:
+            session.saw(position.seq)
+        else:
+            connection.confirm(position.seq)
+
+    def _renew(self, connection: Connection, token: str) -> None:
+        """A fresh token for a live connection; a bad one ends it (4500). In protected mode tokens are
+        ignored."""
+        if self._context.settings.protected:
+            return
+        try:
+            claims = self._access.verify(token)
+        except TokenError:
+            connection.end(BAD_TOKEN)
+            return
+        if claims.player_id != connection.player_id:
+            connection.end(BAD_TOKEN)
+        else:
+            connection.expires_at = claims.expires_at
+
+
+async def refuse_http(
+    link: Link, refusal: Refusal, *, now: float, server_id: str, headers: tuple[tuple[str, str], ...]
+) -> None:
+    """Turn a request down with an HTTP status, and close."""
+    close = Close(1000, refusal.message, refusal.error_type)
+    link.last_words(http1.refused(refusal, now=now, server_id=server_id, headers=headers), close)
+    await link.linger()
+
+
+@frozen
+class ConnectionAsker:
+    """A command that came over a connection is answered there."""
+
+    connection: Connection
+
+    def answer(self, command_id: str, body: bytes, position: int | None) -> None:
+        self.connection.offer_reply(command_id, body, position)
+
+
+def reply_error(connection: Connection, id: str | None, refusal: Refusal) -> None:
+    body = wire.error_body(refusal.error_type, refusal.message, refusal.details)
+    connection.offer_reply(id, body, None)
+
+
+_ADVICE: Final = {
+    4008: "WRITE_TIMEOUT",
+    4009: "MAX_CONNECTIONS_PER_PLAYER",
+    4012: "PONG_TIMEOUT, HEALTH_CHECK_INTERVAL",
+    4029: "RATE_LIMIT_REQUESTS, RATE_LIMIT_WINDOW",
+    4509: "MAX_CONNECTIONS_PER_PLAYER",
+    1009: "MAX_MESSAGE_SIZE",
+}
+
+
+def _advice(close: Close) -> dict[str, str]:
+    """The setting to change, where one would help."""
+    setting = _ADVICE.get(close.code)
+    return {} if setting is None else {"setting": setting}

@@ -1,0 +1,118 @@
+"""The WebSocket transport: the handshake and reading by trio-websocket, writing by the link.
+
+trio-websocket sees the link as its stream and the request's head as its first bytes. It answers the
+handshake, pings and close frames; what the server sends of its own goes to the link as whole frames
+(`Connection.pump`), only between trio-websocket's, which the link sees to. Sizes, pongs and binary frames
+are looked at by the link's `FrameScanner`, in bytes, before trio-websocket has gathered a message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final
+
+import trio
+from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_stream
+
+from mythos_trio.core import wire
+from mythos_trio.core.errors import BINARY, Close, ErrorType, Refusal
+from mythos_trio.core.frames import FrameScanner
+from mythos_trio.core.requests import parse_frame
+from mythos_trio.streams import Streams, refuse_http
+
+if TYPE_CHECKING:
+    from mythos_trio.access import Access
+    from mythos_trio.connection import Connection
+    from mythos_trio.http1 import Head
+    from mythos_trio.link import Link
+    from mythos_trio.seams import Clock
+
+SUBPROTOCOL: Final = "mythos-protocol"
+HANDSHAKE_SECONDS: Final = 10.0
+RECEIVE_BYTES: Final = 4096
+
+
+class WebSocketTransport:
+    name = "websocket"
+    title = "WebSocket"
+    framing = wire.WEBSOCKET
+
+    def __init__(
+        self, streams: Streams, access: Access, clock: Clock, *, max_message_size: int, server_id: str
+    ) -> None:
+        self._streams = streams
+        self._access = access
+        self._clock = clock
+        self._max_message_size = max_message_size
+        self._server_id = server_id
+
+    @asynccontextmanager
+    async def open(self, link: Link, head: Head) -> AsyncIterator[WebSocketChannel]:
+        """Accept the handshake. Inside, trio-websocket's reader runs."""
+        link.push_back(head.raw)
+        async with trio.open_nursery() as nursery:
+            with trio.fail_after(HANDSHAKE_SECONDS):
+                # trio-websocket counts characters, and only when they have come: the link's scanner
+                # counts bytes, from the frame's header on.
+                request = await wrap_server_stream(
+                    nursery, link, max_message_size=self._max_message_size, receive_buffer_size=RECEIVE_BYTES
+                )
+                chosen = SUBPROTOCOL if SUBPROTOCOL in request.proposed_subprotocols else None
+                connection = await request.accept(
+                    subprotocol=chosen, extra_headers=[(b"Server-Id", self._server_id.encode())]
+                )
+            link.scanner = FrameScanner(self._max_message_size)
+            yield WebSocketChannel(connection, self._streams)
+            nursery.cancel_scope.cancel()
+
+    async def refuse(self, link: Link, head: Head, refusal: Refusal) -> None:
+        """A stranger gets an HTTP status; a client of ours is accepted, told ``disconnect`` and closed,
+        since a browser shows its page nothing but the close code."""
+        close = refusal.close
+        if close is None:
+            headers = self._access.cors_headers(head)
+            await refuse_http(link, refusal, now=self._clock.now(), server_id=self._server_id, headers=headers)
+            return
+        try:
+            with trio.move_on_after(HANDSHAKE_SECONDS):
+                async with self.open(link, head):
+                    words = self.framing.last_words(wire.disconnect(close, refusal.retry_ms), close)
+                    link.last_words(words, close)
+        except* (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+            pass
+        await link.linger()
+
+    def welcome(self, payload: bytes, position: str) -> bytes:
+        return self.framing.control(payload)
+
+
+class WebSocketChannel:
+    """An accepted WebSocket."""
+
+    def __init__(self, websocket: WebSocketConnection, streams: Streams) -> None:
+        self._websocket = websocket
+        self._streams = streams
+        self._left_with: Close | None = None
+
+    @property
+    def left_with(self) -> Close | None:
+        return self._left_with
+
+    async def read(self, connection: Connection) -> None:
+        """Text frames are requests. Ends when the client leaves."""
+        link = connection.link
+        link.on_pong = connection.ponged
+        link.on_violation = connection.end
+        try:
+            while connection.over is None:
+                await connection.wait_reply_room()
+                message = await self._websocket.get_message()
+                if isinstance(message, bytes):
+                    connection.end(BINARY)
+                    return
+                await self._streams.hear(connection, parse_frame(message))
+        except ConnectionClosed as closed:
+            reason = closed.reason
+            if reason is not None:
+                self._left_with = Close(reason.code, reason.reason or reason.name, ErrorType.CONNECTION)
