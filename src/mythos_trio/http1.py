@@ -21,7 +21,7 @@ import msgspec
 import trio
 from attrs import field, frozen
 
-from mythos_trio.core.errors import ErrorType, Refusal
+from mythos_trio.core.errors import Close, ErrorType, Refusal
 from mythos_trio.link import Link
 from mythos_trio.seams import rfc3339
 
@@ -319,13 +319,13 @@ def response(
     status: int,
     body: bytes,
     *,
-    content_type: str = JSON,
+    content_type: str | None = JSON,
     headers: Headers = (),
     keep_alive: bool,
     server_id: str,
     head_only: bool = False,
 ) -> bytes:
-    """A complete answer. *head_only*: as to HEAD, without the body that it announces."""
+    """A complete answer. *head_only*: as to HEAD, without the body that it announces. 204 has no body."""
     lines = [
         f"HTTP/1.1 {status} {_PHRASES.get(status, '')}",
         f"Date: {_DATE.now()}",
@@ -381,3 +381,18 @@ def refused(
         server_id=server_id,
         head_only=head_only,
     )
+
+
+async def refuse(
+    link: Link,
+    refusal: Refusal,
+    *,
+    now: float,
+    server_id: str,
+    headers: Headers = (),
+    head_only: bool = False,
+) -> None:
+    """Answer with *refusal*, let the client take it though it may still be sending, and close."""
+    answer = refused(refusal, now=now, server_id=server_id, headers=headers, head_only=head_only)
+    link.last_words(answer, Close(1000, refusal.message, refusal.error_type))
+    await link.linger()

@@ -1,0 +1,446 @@
+"""The front door: accept, read a request's head, find out who asks, hand the connection on.
+
+WebSockets, event streams and the POSTs that want to be fast are answered by our own handlers on the
+link; everything else goes to the Quart app over Hypercorn (`mythos_trio.bridge`), one request per
+connection. What is wrong with a request is answered here, in the error format of all planes.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Final, Protocol
+
+import trio
+from attrs import define, field, frozen
+
+from mythos_trio import logs
+from mythos_trio.core import names
+from mythos_trio.core.errors import FAULT, ErrorType, Refusal
+from mythos_trio.http1 import Head, HttpRefusal, read_head, refuse, refused, response
+from mythos_trio.link import Link
+from mythos_trio.net import Listener, Wire
+
+if TYPE_CHECKING:
+    from mythos_trio.access import Access, Visitor
+    from mythos_trio.config import Settings
+    from mythos_trio.seams import Clock
+
+log = logs.get("server")
+
+HEAD_SECONDS: Final = 10.0
+# How long a connection may be idle between two requests; the same as nginx's keepalive_timeout.
+IDLE_SECONDS: Final = 75.0
+ACCEPT_PAUSE: Final = 0.1
+# With CONNECTION_POOL_SIZE handshakes under way, the oldest makes room if it has had this long: else
+# as many clients that send nothing would shut everybody else out for HEAD_SECONDS.
+YIELD_AFTER: Final = 1.0
+# An episode of trouble is over when it has not shown itself for so long.
+EPISODE_SECONDS: Final = 5.0
+# How much of a path is logged.
+SHOWN: Final = 200
+# The largest body for the Quart app.
+APP_BODY: Final = 1024 * 1024
+APP_METHODS: Final = "GET, HEAD, POST, DELETE, OPTIONS"
+
+_POSTS: Final = re.compile(r"/api/messages|/api/connections/[^/]+/(commands|ack)")
+
+
+class Handlers(Protocol):
+    """Who answers what the front door does not give to the Quart app."""
+
+    async def websocket(self, link: Link, head: Head, visitor: Visitor, player: str, /) -> None:
+        """A valid upgrade request. When it returns the link is closed or somebody else's."""
+        ...
+
+    async def sse(self, link: Link, head: Head, visitor: Visitor, player: str, /) -> None:
+        """A GET. When it returns the link is closed or somebody else's."""
+        ...
+
+    async def post(self, link: Link, head: Head, visitor: Visitor, /) -> bool:
+        """Read the body and answer. True: the connection can carry the next request. May raise Refusal."""
+        ...
+
+
+class App(Protocol):
+    """The Quart app, over Hypercorn."""
+
+    async def serve(self, link: Link, head_raw: bytes, visitor: Visitor, /) -> None:
+        """Answer one request and close the link. *head_raw* comes before what the link receives."""
+        ...
+
+
+class Counter(Protocol):
+    """Where errors are counted (`mythos_trio.statistics`)."""
+
+    def error(self, error_type: str, event: str, player_id: str | None, when: float, /) -> None: ...
+
+
+class Kind(Enum):
+    WEBSOCKET = auto()
+    SSE = auto()
+    POST = auto()
+    APP = auto()
+
+
+@frozen
+class Route:
+    kind: Kind
+    player: str | None = None
+
+
+def route(head: Head) -> Route:
+    """Who answers *head*. Refusal: 400, 405, 422, 426."""
+    stream = _stream_route(head)
+    if stream is not None:
+        return stream
+    if head.header("upgrade") is not None:
+        raise HttpRefusal(400, "only WebSockets, at /ws/{player}, are upgraded here")
+    if head.method == "POST" and _POSTS.fullmatch(head.path):
+        return Route(Kind.POST)
+    if head.method == "CONNECT":
+        raise HttpRefusal(405, "this is not a proxy", headers=(("Allow", APP_METHODS),))
+    if (head.content_length or 0) > APP_BODY:
+        raise HttpRefusal(413, f"the request body is larger than {APP_BODY} bytes", limit=APP_BODY)
+    return Route(Kind.APP)
+
+
+def _stream_route(head: Head) -> Route | None:
+    for prefix, kind in (("/ws/", Kind.WEBSOCKET), ("/sse/", Kind.SSE)):
+        if head.path.startswith(prefix) and head.path != prefix:
+            if head.method != "GET":
+                raise HttpRefusal(405, f"{prefix}{{player}} takes GET", headers=(("Allow", "GET"),))
+            player = names.player_id(head.path.removeprefix(prefix))
+            if head.has_body:
+                raise HttpRefusal(400, "a GET for a stream has no body")
+            if kind is Kind.WEBSOCKET:
+                check_upgrade(head)
+            elif head.header("upgrade") is not None:
+                raise HttpRefusal(400, "an event stream is not upgraded")
+            return Route(kind, player)
+    return None
+
+
+def check_upgrade(head: Head) -> None:
+    """Refuse what is not a WebSocket's opening handshake (RFC 6455, section 4.2.1)."""
+    if head.version != "1.1":
+        raise HttpRefusal(400, "a WebSocket needs HTTP/1.1")
+    upgrade = (head.header("upgrade") or "").lower()
+    if upgrade != "websocket" or "upgrade" not in head.tokens("connection"):
+        headers = (("Upgrade", "websocket"), ("Connection", "Upgrade"))
+        raise HttpRefusal(426, "this is a WebSocket: connect with ws://, or use /sse/{player}", headers=headers)
+    if head.header("sec-websocket-version") != "13":
+        raise HttpRefusal(426, "WebSocket version 13 is spoken here", headers=(("Sec-WebSocket-Version", "13"),))
+    try:
+        key = base64.b64decode(head.header("sec-websocket-key") or "", validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if len(key) != 16:
+        raise HttpRefusal(400, "Sec-WebSocket-Key is not 16 bytes in base64")
+
+
+@define(eq=False)
+class _Handshake:
+    """A connection whose first head has not come in full. *began*: `trio.current_time`."""
+
+    began: float
+    scope: trio.CancelScope = field(factory=trio.CancelScope)
+
+
+@define
+class _Episode:
+    """Trouble that is told once, not at every turn."""
+
+    last: float | None = None
+
+    def begin(self) -> bool:
+        """It shows itself; whether that is news."""
+        news = self.last is None
+        self.last = trio.current_time()
+        return news
+
+    def end(self) -> bool:
+        """It does not show itself; whether that is news."""
+        if self.last is None or trio.current_time() - self.last < EPISODE_SECONDS:
+            return False
+        self.last = None
+        return True
+
+
+class Front:
+    """Accepts connections and serves their requests until they are handed on."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        access: Access,
+        handlers: Handlers,
+        bridge: App,
+        statistics: Counter,
+        clock: Clock,
+    ) -> None:
+        self._settings = settings
+        self._access = access
+        self._handlers = handlers
+        self._bridge = bridge
+        self._clock = clock
+        self._statistics = statistics
+        self._listeners: list[Listener] = []
+        self._stopped = False
+        self._draining = False
+        # In the order they began.
+        self._handshakes: dict[_Handshake, None] = {}
+        self._room = trio.Event()
+        self._idle: dict[trio.CancelScope, tuple[Link, int]] = {}
+        """Kept connections that wait for a request, and what they had received when they began to."""
+        self._exhausted = _Episode()
+        self._crowded = _Episode()
+
+    @property
+    def handshakes(self) -> int:
+        """Connections whose first head has not come in full."""
+        return len(self._handshakes)
+
+    @property
+    def draining(self) -> bool:
+        """Whether connections are no longer kept for another request. Requests are served as before:
+        the handlers know what to say."""
+        return self._draining
+
+    @draining.setter
+    def draining(self, draining: bool) -> None:
+        self._draining = draining
+        if draining:
+            for scope, (link, received) in self._idle.items():
+                if link.received_bytes == received:
+                    scope.cancel()
+
+    def stop_accepting(self) -> None:
+        """Close the listeners; connections go on. `serve` returns when the last one is through."""
+        self._stopped = True
+        for listener in self._listeners:
+            listener.close()
+
+    async def serve(self, listener: Listener) -> None:
+        """Accept from *listener* until `stop_accepting`, or it is cancelled.
+
+        Connections that were not handed on live in this call, and end with it.
+        """
+        self._listeners.append(listener)
+        try:
+            async with trio.open_nursery() as nursery:
+                while not self._stopped:
+                    await self._wait_room()
+                    wire = await self._accept(listener)
+                    if wire is None:
+                        break
+                    self._admit(wire, nursery)
+        finally:
+            listener.close()
+
+    # Accepting.
+
+    async def _accept(self, listener: Listener) -> Wire | None:
+        """The next connection; None when the listener is closed. Out of descriptors or memory it waits."""
+        while True:
+            try:
+                wire = await listener.accept()
+            except trio.ClosedResourceError:
+                return None
+            except OSError as error:
+                # Whatever it is (EMFILE, ENOBUFS, a firewall, a network that went down): the listener
+                # is as good as before, and giving up would be worse.
+                if self._exhausted.begin():
+                    log.warning(
+                        "Cannot accept connections",
+                        reason=os.strerror(error.errno or 0),
+                        error_type=ErrorType.CAPACITY.value,
+                        hint="raise the limit of open files (ulimit -n)",
+                    )
+                await trio.sleep(ACCEPT_PAUSE)
+            else:
+                if self._exhausted.end():
+                    log.info("Accepting connections again")
+                return wire
+
+    async def _wait_room(self) -> None:
+        """Until fewer than CONNECTION_POOL_SIZE handshakes are under way."""
+        while len(self._handshakes) >= self._settings.connection_pool_size:
+            if self._crowded.begin():
+                log.warning(
+                    "Too many handshakes under way",
+                    error_type=ErrorType.CAPACITY.value,
+                    handshakes=len(self._handshakes),
+                    setting="CONNECTION_POOL_SIZE",
+                )
+            oldest = next(iter(self._handshakes))
+            with trio.move_on_at(oldest.began + YIELD_AFTER) as scope:
+                await self._room.wait()
+            if scope.cancelled_caught and oldest in self._handshakes:
+                oldest.scope.cancel()
+                self._end_handshake(oldest)
+        self._crowded.end()
+
+    def _admit(self, wire: Wire, nursery: trio.Nursery) -> None:
+        link = Link(wire, write_timeout=self._settings.write_timeout, start=nursery.start_soon)
+        handshake = _Handshake(trio.current_time())
+        self._handshakes[handshake] = None
+        nursery.start_soon(self._connection, link, handshake, name=f"connection from {wire.peer}:{wire.peer_port}")
+
+    def _end_handshake(self, handshake: _Handshake) -> None:
+        if handshake in self._handshakes:
+            del self._handshakes[handshake]
+            self._room.set()
+            self._room = trio.Event()
+
+    # One connection.
+
+    async def _connection(self, link: Link, handshake: _Handshake) -> None:
+        then = _Then.CLOSE
+        try:
+            head = await self._first_head(link, handshake)
+            while head is not None:
+                then = await self._answer(link, head)
+                head = await self._next_head(link) if then is _Then.NEXT else None
+            if then is not _Then.FORGET:
+                await link.linger()
+        finally:
+            self._end_handshake(handshake)
+            if then is not _Then.FORGET:
+                link.close()
+
+    async def _first_head(self, link: Link, handshake: _Handshake) -> Head | None:
+        """The first request's head. None: there is none, or it was refused."""
+        with handshake.scope:
+            head = await self._read_head(link, idle=None)
+            self._end_handshake(handshake)
+            return head
+        return None  # it made room
+
+    async def _next_head(self, link: Link) -> Head | None:
+        """The head of another request on the same connection. None: there is none, or it was refused."""
+        if self._draining:
+            return None
+        with trio.CancelScope() as scope:
+            self._idle[scope] = link, link.received_bytes
+            try:
+                return await self._read_head(link, idle=IDLE_SECONDS)
+            finally:
+                del self._idle[scope]
+        return None  # draining
+
+    async def _read_head(self, link: Link, *, idle: float | None) -> Head | None:
+        try:
+            return await read_head(link, timeout=HEAD_SECONDS, idle=idle)
+        except Refusal as refusal:
+            await self._refuse(link, refusal, None)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the client has gone
+        return None
+
+    # One request.
+
+    async def _answer(self, link: Link, head: Head) -> _Then:
+        """Have *head* answered. What a handler lets escape ends here, with this one connection."""
+        sent = link.sent_bytes
+        try:
+            return await self._serve(link, head)
+        except Refusal as refusal:
+            await self._refuse(link, refusal, head)
+        except BaseExceptionGroup as group:
+            errors, others = group.split(Exception)
+            if errors is not None:
+                self._crashed(link, head, errors, sent)
+            if others is not None:
+                raise others from None
+        except Exception as error:
+            self._crashed(link, head, error, sent)
+        return _Then.CLOSE
+
+    async def _serve(self, link: Link, head: Head) -> _Then:
+        visitor = self._access.check(head, link.peer)
+        if (ready := self._ready_answer(head)) is not None:
+            await link.send_all(ready)
+            return _Then.NEXT if head.keep_alive and not head.has_body else _Then.CLOSE
+        to = route(head)
+        if to.kind is Kind.POST:
+            kept = await self._handlers.post(link, head, visitor)
+            return _Then.NEXT if kept and head.keep_alive else _Then.CLOSE
+        if to.player is None:
+            await self._bridge.serve(link, head.origin_raw, visitor)
+        elif to.kind is Kind.WEBSOCKET:
+            await self._handlers.websocket(link, head, visitor, to.player)
+        else:
+            await self._handlers.sse(link, head, visitor, to.player)
+        return _Then.FORGET
+
+    def _ready_answer(self, head: Head) -> bytes | None:
+        """The answer to what is asked about a request to come, for all paths; None if that is not asked."""
+        headers = self._access.preflight_headers(head)
+        if headers is None and head.path == "*":
+            headers = (("Allow", APP_METHODS),)
+        if headers is None:
+            return None
+        keep = head.keep_alive and not head.has_body
+        return response(204, b"", headers=headers, keep_alive=keep, server_id=self._settings.server_id)
+
+    async def _refuse(self, link: Link, refusal: Refusal, head: Head | None) -> None:
+        log.info(
+            "Request refused",
+            status=refusal.status,
+            error_type=refusal.error_type.value,
+            reason=refusal.message,
+            address=link.peer,
+            method=None if head is None else head.method,
+            path=None if head is None else head.path[:SHOWN],
+        )
+        now = self._clock.now()
+        # The line above is no warning, so it is not counted by itself.
+        self._statistics.error(refusal.error_type.value, "Request refused", None, now)
+        await refuse(
+            link,
+            refusal,
+            server_id=self._settings.server_id,
+            headers=() if head is None else self._access.cors_headers(head),
+            head_only=head is not None and head.method == "HEAD",
+            now=now,
+        )
+
+    def _crashed(self, link: Link, head: Head, error: Exception, sent: int) -> None:
+        """Say that *error* escaped from a handler; 500 if nothing was sent yet, else the end."""
+        if _client_gone(error):
+            return
+        log.error(
+            "Request crashed",
+            error_type=ErrorType.SYSTEM.value,
+            address=link.peer,
+            method=head.method,
+            path=head.path[:SHOWN],
+            exc_info=error,
+        )
+        if link.sent_bytes != sent:
+            link.reset(FAULT, by="server")
+            return
+        refusal = Refusal(ErrorType.SYSTEM, FAULT.reason, status=500)
+        server_id, now = self._settings.server_id, self._clock.now()
+        link.last_words(refused(refusal, now=now, server_id=server_id, head_only=head.method == "HEAD"), FAULT)
+
+
+class _Then(Enum):
+    """What becomes of a connection after a request."""
+
+    NEXT = auto()
+    CLOSE = auto()
+    FORGET = auto()
+    """It was handed on, or closed."""
+
+
+def _client_gone(error: Exception) -> bool:
+    """Whether *error* says only that the connection has ended."""
+    gone = (trio.BrokenResourceError, trio.ClosedResourceError)
+    if isinstance(error, ExceptionGroup):
+        return error.split(gone)[1] is None
+    return isinstance(error, gone)
