@@ -67,9 +67,9 @@ def dispatcher(queued: int, capacity: int) -> Finding:
     return FINE
 
 
-def health_checker(seconds_since_round: float | None) -> Finding:
-    """*seconds_since_round*: since it last looked at all connections; None if it has not yet."""
-    if seconds_since_round is not None and seconds_since_round > LATE_CHECKER_SECONDS:
+def health_checker(seconds_since_round: float) -> Finding:
+    """*seconds_since_round*: since it last looked at all connections."""
+    if seconds_since_round > LATE_CHECKER_SECONDS:
         return Finding(Status.DEGRADED, f"it last looked at the connections {seconds_since_round:.0f} s ago")
     return FINE
 
