@@ -1,0 +1,500 @@
+"""Logs: one JSON object a line in a file, readable lines on the console, written by threads.
+
+A log call builds a dictionary and puts it into bounded queues; rendering, hiding of secrets, writing and
+rotation are done by one thread for the file and one for the console, so that a terminal that has been
+stopped, or a slow disk, holds up neither the event loop nor the other. At the bound lines are dropped, and their
+number is logged.
+
+`get` gives loggers that can be used at import time; before `setup`, and after `close`, they hand their lines to
+the standard library's logging. Lines of `logging` (Hypercorn), `warnings` and uncaught exceptions
+go the same way as ours between the two.
+
+Every line at WARNING and above is shown to the callbacks of `on_error`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, TextIO, TypeAlias
+
+import msgspec
+import structlog
+
+from mythos_trio.config import SettingError, Settings
+from mythos_trio.core.errors import ErrorType
+from mythos_trio.seams import rfc3339
+
+Event: TypeAlias = dict[str, Any]
+Sink: TypeAlias = Callable[[Event], None]
+
+# Lines that may wait for a thread: about 10 MB of short lines.
+MAX_WAITING: Final = 10_000
+# Lines that are written in one go, and flushed.
+MAX_BATCH: Final = 256
+# Characters of a traceback: exception groups of many tasks can be of any size.
+MAX_EXCEPTION: Final = 65536
+# An operator looks for these by their level.
+SLOW_MS: Final = 1000.0
+# How long `close` waits for what is still to be written, in seconds.
+CLOSE_SECONDS: Final = 3.0
+# How long a write error is not repeated on the console, in seconds.
+QUIET_SECONDS: Final = 60.0
+
+_ERROR_TYPES: Final = {
+    "connection": ErrorType.CONNECTION,
+    "session": ErrorType.SESSION,
+    "authentication": ErrorType.AUTHENTICATION,
+    "persistence": ErrorType.PERSISTENCE,
+    "database": ErrorType.PERSISTENCE,
+    "delivery": ErrorType.DELIVERY,
+}
+
+_SECRET: Final = re.compile(
+    r"""(?ix)
+    (\btoken=) [^&\s"'\\]+                                              # in a query
+    | (\bbearer[,\s]\s*) [\w.~+/=-]+                                    # in a header
+    | ("(?:token|authorization|secret_key|password)":) "(?:[^"\\]|\\.)*"  # a field of that name
+    | () eyJ[\w-]+\.[\w-]+\.[\w-]*                                      # a JWT, wherever it stands
+    """
+)
+
+
+def hide_secrets(line: str) -> str:
+    """*line* (rendered, so that it is seen as it will be written) without tokens."""
+
+    def hidden(match: re.Match[str]) -> str:
+        query, header, name, _jwt = match.groups()
+        if name:
+            return f'{name}"***"'
+        return (query or header or "") + "***"
+
+    return _SECRET.sub(hidden, line)
+
+
+class Logger(structlog.BoundLoggerBase):
+    """A structlog logger whose level can change while it is held.
+
+    ``bind(**fields)`` gives one with more fields. ``exc_info=True`` or an exception becomes the text
+    ``exception``.
+    """
+
+    def is_enabled_for(self, level: int) -> bool:
+        return level >= _state.level
+
+    def debug(self, event: str, **fields: Any) -> None:
+        if _state.level <= logging.DEBUG:
+            self._emit(logging.DEBUG, event, fields)
+
+    def info(self, event: str, **fields: Any) -> None:
+        slow = (fields.get("delivery_time_ms") or fields.get("establishment_time_ms") or 0) > SLOW_MS
+        if slow or _state.level <= logging.INFO:
+            self._emit(logging.WARNING if slow else logging.INFO, event, fields)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        self._emit(logging.WARNING, event, fields)
+
+    def error(self, event: str, **fields: Any) -> None:
+        self._emit(logging.ERROR, event, fields)
+
+    def exception(self, event: str, **fields: Any) -> None:
+        """An ERROR with the traceback of the exception that is being handled."""
+        self.error(event, **{"exc_info": True, **fields})
+
+    def critical(self, event: str, **fields: Any) -> None:
+        self._emit(logging.CRITICAL, event, fields)
+
+    def _emit(self, level: int, event: str, fields: Event) -> None:
+        try:
+            _args, processed = self._process_event(logging.getLevelName(level), event, fields)
+        except structlog.DropEvent:
+            return
+        line: Event = dict(processed)
+        if level >= logging.WARNING:
+            for callback in list(_state.callbacks):
+                callback(line)
+        if level >= _state.level:
+            _state.sink(line)
+
+
+def _add_facts(_logger: Any, level: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    event["level"] = level
+    event["timestamp"] = time.time()
+    return event
+
+
+def _add_exception(_logger: Any, _level: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """The traceback as text, now: an exception that waits in a queue would keep frames and sockets alive."""
+    info = event.pop("exc_info", None)
+    if info is True:
+        info = sys.exception()
+    if isinstance(info, tuple):
+        info = info[1]
+    if isinstance(info, BaseException):
+        event["exception"] = _traceback(info)
+    return event
+
+
+def _add_error_type(_logger: Any, level: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    if level in ("ERROR", "CRITICAL") and "error_type" not in event:
+        event["error_type"] = _ERROR_TYPES.get(event.get("component", ""), ErrorType.SYSTEM).value
+    return event
+
+
+def _done(_logger: Any, _level: str, event: MutableMapping[str, Any]) -> Any:
+    return (), event
+
+
+def _traceback(error: BaseException) -> str:
+    text = "".join(traceback.format_exception(error)).rstrip()
+    if len(text) <= MAX_EXCEPTION:
+        return text
+    # The beginning says where, the end says what.
+    half = MAX_EXCEPTION // 2
+    return f"{text[:half]}\n… {len(text) - 2 * half} characters …\n{text[-half:]}"
+
+
+_PROCESSORS: Final = [_add_facts, _add_exception, _add_error_type, _done]
+
+
+def get(component: str) -> Logger:
+    """A logger; *component* is one of the words of the log's ``component`` field."""
+    return Logger(None, _PROCESSORS, {"component": component})
+
+
+def _to_logging(event: Event) -> None:
+    """Where lines go while nothing is set up: the standard library, with its usual manners."""
+    fields = dict(event)
+    text, level, component = fields.pop("event"), fields.pop("level"), fields.pop("component", "server")
+    fields.pop("timestamp", None)
+    rest = "".join(f" {name}={value}" for name, value in fields.items())
+    logging.getLogger(f"mythos_trio.{component}").log(logging.getLevelNamesMapping()[level], "%s%s", text, rest)
+
+
+class _State:
+    """Where lines go just now."""
+
+    def __init__(self) -> None:
+        self.level = logging.INFO
+        self.sink: Sink = _to_logging
+        self.callbacks: list[Sink] = []
+
+
+_state = _State()
+
+
+def on_error(callback: Sink) -> Callable[[], None]:
+    """Show every line at WARNING and above to *callback*, in the thread that logs it, before it is written.
+
+    :returns: a function that ends this.
+    """
+    _state.callbacks.append(callback)
+    return lambda: _state.callbacks.remove(callback)
+
+
+@contextmanager
+def capture(level: int = logging.DEBUG) -> Iterator[list[Event]]:
+    """Collect lines in a list, for tests; they go nowhere else."""
+    lines: list[Event] = []
+    before = _state.level, _state.sink
+    _state.level, _state.sink = level, lines.append
+    try:
+        yield lines
+    finally:
+        _state.level, _state.sink = before
+
+
+# Rendering: in the writing threads.
+
+
+def render_json(event: Event, server_id: str) -> str:
+    """One line, without its end."""
+    rest = {name: value for name, value in event.items() if name not in ("timestamp", "level", "event")}
+    line = {
+        "timestamp": rfc3339(event["timestamp"]),
+        "level": event["level"],
+        "event": str(event["event"]),
+        "server_id": server_id,
+        **rest,
+    }
+    try:
+        text = msgspec.json.encode(line, enc_hook=repr).decode()
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        # Lone surrogates, integers beyond 64 bits, keys that are no strings.
+        text = _render_odd(line)
+    return hide_secrets(text)
+
+
+def _render_odd(line: Event) -> str:
+    try:
+        return json.dumps(line, default=repr, skipkeys=True)
+    except (ValueError, RecursionError):  # it contains itself
+        plain = {name: value if isinstance(value, str) else repr(value)[:1000] for name, value in line.items()}
+        return json.dumps(plain)
+
+
+_COLOURS: Final = {"DEBUG": "2", "WARNING": "33", "ERROR": "31", "CRITICAL": "1;31"}
+
+
+def render_console(event: Event, colours: bool) -> str:
+    """``12:30:00.123 INFO  connection  SSE connected  player_id=alice``; a traceback below it."""
+    fields = dict(event)
+    moment = time.strftime("%H:%M:%S", time.localtime(fields.pop("timestamp")))
+    level, text = fields.pop("level"), fields.pop("event")
+    component, exception = fields.pop("component", ""), fields.pop("exception", None)
+    shown = " ".join(f"{name}={_shown(value)}" for name, value in fields.items())
+    line = f"{moment} {level:<8} {component:<14} {_printable(str(text))}" + (f"  {shown}" if shown else "")
+    if colours and level in _COLOURS:
+        line = f"\x1b[{_COLOURS[level]}m{line}\x1b[0m"
+    return hide_secrets(line if exception is None else f"{line}\n{exception}")
+
+
+def _shown(value: Any) -> str:
+    text = _printable(value) if isinstance(value, str) else str(value)
+    return repr(text) if " " in text or not text else text
+
+
+def _printable(text: str) -> str:
+    """Control characters as escapes: what clients send must not move an operator's cursor."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+class _Channel:
+    """A bounded queue and the thread that writes what is in it."""
+
+    def __init__(self, name: str, write: Callable[[list[Event]], None]) -> None:
+        self._write = write
+        self._queue: queue.SimpleQueue[Event | Callable[[], None] | None] = queue.SimpleQueue()
+        self._dropped = 0
+        self._complained = -QUIET_SECONDS
+        self._thread = threading.Thread(target=self._run, name=f"log-{name}", daemon=True)
+        self._thread.start()
+
+    def put(self, event: Event) -> None:
+        if self._queue.qsize() >= MAX_WAITING:
+            self._dropped += 1
+        else:
+            self._queue.put(event)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Run *function* in the thread, after what is waiting."""
+        self._queue.put(function)
+
+    def close(self, seconds: float) -> None:
+        """Write what is waiting, for at most *seconds*, and end."""
+        self._queue.put(None)
+        self._thread.join(seconds)
+
+    def _run(self) -> None:
+        while True:
+            item = self._queue.get()
+            batch: list[Event] = []
+            while isinstance(item, dict):
+                batch.append(item)
+                if len(batch) >= MAX_BATCH:
+                    break
+                try:
+                    item = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+            self._write_batch(batch)
+            if callable(item):
+                self._guard(item)
+            elif item is None:
+                return
+
+    def _write_batch(self, batch: list[Event]) -> None:
+        if self._dropped:
+            count, self._dropped = self._dropped, 0
+            batch.append(_dropped_event(count))
+        if batch:
+            self._guard(lambda: self._write(batch))
+
+    def _guard(self, function: Callable[[], None]) -> None:
+        """A full disk or a closed terminal must not end the thread; what it could not write is gone."""
+        try:
+            function()
+        except (OSError, ValueError) as error:
+            now = time.monotonic()
+            if now - self._complained >= QUIET_SECONDS:
+                self._complained = now
+                _complain(f"the log cannot be written: {error}")
+
+
+def _dropped_event(count: int) -> Event:
+    return {
+        "event": f"{count} log lines dropped",
+        "level": "WARNING",
+        "timestamp": time.time(),
+        "component": "server",
+        "dropped": count,
+    }
+
+
+def _complain(text: str) -> None:
+    try:
+        os.write(2, f"mythos-trio: {text}\n".encode(errors="replace"))
+    except OSError:  # stderr is gone too: there is nobody left to tell
+        return
+
+
+class _File:
+    """The log file, rotated by size. Its methods are called in one thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._handler = self._open()
+
+    def _open(self) -> RotatingFileHandler:
+        s = self._settings
+        Path(s.log_file).parent.mkdir(parents=True, exist_ok=True)
+        return RotatingFileHandler(
+            s.log_file, maxBytes=s.log_max_bytes, backupCount=s.log_backup_count, encoding="utf-8", errors="replace"
+        )
+
+    def write(self, batch: list[Event]) -> None:
+        text = "".join(render_json(event, self._settings.server_id) + "\n" for event in batch)
+        length = len(text.encode(errors="replace"))
+        if self._settings.log_max_bytes and 0 < self._stream().tell() > self._settings.log_max_bytes - length:
+            self._handler.doRollover()
+        # The handler's own emit formats each line twice and flushes after each.
+        stream = self._stream()
+        stream.write(text)
+        stream.flush()
+
+    def _stream(self) -> TextIO:
+        if self._handler.stream is None:  # a rotation has failed half-way, as on a full disk
+            self.reopen()
+        assert self._handler.stream is not None
+        return self._handler.stream
+
+    def reopen(self) -> None:
+        """Somebody has renamed the file: go on in a new one."""
+        fresh = self._open()
+        self._handler.close()
+        self._handler = fresh
+
+    def close(self) -> None:
+        self._handler.close()
+
+
+class _Console:
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._colours = stream.isatty() and "NO_COLOR" not in os.environ
+
+    def write(self, batch: list[Event]) -> None:
+        text = "".join(render_console(event, self._colours) + "\n" for event in batch)
+        encoding = self._stream.encoding or "utf-8"
+        self._stream.write(text.encode(encoding, errors="backslashreplace").decode(encoding))
+        self._stream.flush()
+
+
+class _FromLogging(logging.Handler):
+    """Lines of the standard library's logging, as ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        log = get("server").bind(logger=record.name)
+        if record.levelno >= logging.ERROR:
+            log.error(text, exc_info=record.exc_info)
+        elif record.levelno >= logging.WARNING:
+            log.warning(text, exc_info=record.exc_info)
+        elif record.levelno >= logging.INFO:
+            log.info(text)
+        else:
+            log.debug(text)
+
+
+class Logs:
+    """What `setup` has set up."""
+
+    def __init__(self, settings: Settings, console: TextIO | None) -> None:
+        self._file = _File(settings)
+        self._to_file = _Channel("file", self._file.write)
+        self._channels = [self._to_file]
+        if console is not None:
+            self._channels.append(_Channel("console", _Console(console).write))
+        self._handler = _FromLogging()
+        self._before = (_state.level, _state.sink, logging.root.level, sys.excepthook, sys.unraisablehook)
+        self._thread_hook = threading.excepthook
+        self._closed = False
+        self._install(logging.getLevelNamesMapping()[settings.log_level])
+
+    def _install(self, level: int) -> None:
+        _state.level, _state.sink = level, self._put
+        logging.root.addHandler(self._handler)
+        logging.root.setLevel(level)
+        logging.captureWarnings(True)
+        sys.excepthook = self._on_death
+        sys.unraisablehook = self._on_unraisable
+        threading.excepthook = self._on_thread_death
+
+    def _put(self, event: Event) -> None:
+        for channel in self._channels:
+            channel.put(event)
+
+    def reopen(self) -> None:
+        """The file has been renamed: go on in a new one of the old name (SIGHUP)."""
+        self._to_file.call(self._file.reopen)
+
+    def set_level(self, level: str) -> None:
+        _state.level = logging.getLevelNamesMapping()[level]
+        logging.root.setLevel(_state.level)
+
+    def close(self) -> None:
+        """Write what is waiting (`CLOSE_SECONDS` at most) and go back to how it was. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        _state.level, _state.sink, root_level, sys.excepthook, sys.unraisablehook = self._before
+        threading.excepthook = self._thread_hook
+        logging.captureWarnings(False)
+        logging.root.setLevel(root_level)
+        logging.root.removeHandler(self._handler)
+        until = time.monotonic() + CLOSE_SECONDS
+        self._to_file.call(self._file.close)
+        for channel in self._channels:
+            channel.close(max(0.0, until - time.monotonic()))
+
+    def _on_death(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            sys.__excepthook__(kind, error, trace)
+            return
+        get("server").critical("Unexpected error in the main thread: the process ends", exc_info=error)
+        self.close()
+        # Without a console nobody has seen it yet.
+        if len(self._channels) == 1:
+            sys.__excepthook__(kind, error, trace)
+
+    def _on_thread_death(self, args: threading.ExceptHookArgs) -> None:
+        thread = args.thread.name if args.thread else "?"
+        get("server").error(f"Unexpected error in thread {thread}", exc_info=args.exc_value)
+
+    def _on_unraisable(self, unraisable: Any) -> None:
+        what = unraisable.err_msg or "Exception ignored in"
+        get("server").error(f"Unexpected error in {unraisable.object!r}: {what}", exc_info=unraisable.exc_value)
+
+
+def setup(settings: Settings, console: bool = True) -> Logs:
+    """Begin to log into ``LOG_FILE``, and to stderr if *console*.
+
+    :raises SettingError: the file cannot be written.
+    """
+    try:
+        return Logs(settings, sys.stderr if console else None)
+    except OSError as error:
+        expected = f"a file that can be written ({error.strerror or error})"
+        raise SettingError("LOG_FILE", settings.log_file, expected) from error
