@@ -199,7 +199,6 @@ class Server:
             access=self.access,
             handlers=handlers,
             bridge=bridge,
-            log=logs.get("connection"),
             clock=self.clock,
             statistics=self.statistics,
         )

@@ -1,0 +1,256 @@
+"""A whole server and its clients in one process, on virtual time, over sockets in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+import wsproto
+from wsproto.events import AcceptConnection, CloseConnection, Ping, RejectConnection, RejectData, Request, TextMessage
+
+from mythos_trio.config import Settings
+from mythos_trio.game import Game
+from mythos_trio.seams import SeededRandomness
+from mythos_trio.server import Server
+from mythos_trio.sqlite import SqliteDatabase
+from mythos_trio.storage import InlineRunner
+from mythos_trio.world import DefaultGame
+from tests.support.memory_net import MemoryListener, MemoryWire
+
+
+class VirtualClock:
+    """The wall clock of a run on virtual time."""
+
+    def now(self) -> float:
+        return 1_700_000_000.0 + trio.current_time() % 1e6
+
+
+class Client:
+    """A connection to the server from outside: bytes in, bytes out."""
+
+    def __init__(self, wire: MemoryWire) -> None:
+        self.wire = wire
+        self.received: list[dict[str, Any]] = []
+        self.buffer = b""
+        self.closed: tuple[int, str] | None = None
+        self.eof = False
+
+    async def send_all(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            await self.wire.wait_writable()
+            view = view[self.wire.send(view) :]
+
+    async def receive(self) -> bytes:
+        await self.wire.wait_readable()
+        try:
+            return self.wire.recv(65536)
+        except OSError:
+            return b""
+
+    def close(self) -> None:
+        self.wire.close()
+
+    def of(self, type_: str) -> list[dict[str, Any]]:
+        return [message for message in self.received if message.get("type") == type_]
+
+    @property
+    def numbered(self) -> list[dict[str, Any]]:
+        return [message for message in self.received if "seq" in message]
+
+    async def until(self, test: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Read on until a message passes *test*; it and what came before are in `received`."""
+        with trio.fail_after(120):
+            while True:
+                message = await self.next()
+                if test(message):
+                    return message
+
+    async def next(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    async def until_type(self, type_: str) -> dict[str, Any]:
+        return await self.until(lambda message: message.get("type") == type_)
+
+
+class WebSocketClient(Client):
+    def __init__(self, wire: MemoryWire) -> None:
+        super().__init__(wire)
+        self.protocol = wsproto.WSConnection(wsproto.ConnectionType.CLIENT)
+        self.status: int | None = None
+        self.body = b""
+        self._events: list[Any] = []
+        self._text = ""
+        self.answer_pings = True
+
+    async def open(self, target: str, *, headers: list[tuple[bytes, bytes]] | None = None) -> WebSocketClient:
+        request = Request(host="localhost", target=target, extra_headers=headers or [])
+        await self.send_all(self.protocol.send(request))
+        while self.status is None:
+            event = await self._event()
+            if isinstance(event, AcceptConnection):
+                self.status = 101
+            elif isinstance(event, RejectConnection):
+                self.status = event.status_code
+                while not isinstance(event, RejectData) or not event.body_finished:
+                    event = await self._event()
+                    self.body += event.data
+            elif isinstance(event, CloseConnection):
+                self.status = 0
+        return self
+
+    async def _event(self) -> Any:
+        while not self._events:
+            data = await self.receive()
+            self.protocol.receive_data(data or None)
+            self._events += list(self.protocol.events())
+            if not data and not self._events:
+                self.eof = True
+                return CloseConnection(code=1006, reason="eof")
+        return self._events.pop(0)
+
+    async def say(self, message: object) -> None:
+        text = message if isinstance(message, str) else json.dumps(message)
+        await self.send_all(self.protocol.send(TextMessage(data=text)))
+
+    async def next(self) -> dict[str, Any]:
+        """The next JSON message; ``{"type": "closed"}`` at the end."""
+        while True:
+            event = await self._event()
+            if isinstance(event, TextMessage):
+                self._text += event.data
+                if event.message_finished:
+                    message: dict[str, Any] = json.loads(self._text)
+                    self._text = ""
+                    self.received.append(message)
+                    return message
+            elif isinstance(event, Ping):
+                if self.answer_pings:
+                    await self.send_all(self.protocol.send(event.response()))
+            elif isinstance(event, CloseConnection):
+                if self.closed is None:
+                    self.closed = (event.code, event.reason or "")
+                    if not self.eof and self.protocol.state is wsproto.ConnectionState.REMOTE_CLOSING:
+                        await self.send_all(self.protocol.send(event.response()))
+                return {"type": "closed", "code": self.closed[0]}
+
+
+class SSEClient(Client):
+    def __init__(self, wire: MemoryWire) -> None:
+        super().__init__(wire)
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.last_id: str | None = None
+        self.retry_ms: int | None = None
+
+    async def open(self, target: str, *, headers: str = "") -> SSEClient:
+        await self.send_all(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n".encode())
+        while b"\r\n\r\n" not in self.buffer:
+            data = await self.receive()
+            if not data:
+                return self
+            self.buffer += data
+        head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
+        lines = head.decode().split("\r\n")
+        self.status = int(lines[0].split()[1])
+        self.headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])}
+        return self
+
+    async def next(self) -> dict[str, Any]:
+        while b"\n\n" not in self.buffer:
+            data = await self.receive()
+            if not data:
+                self.eof = True
+                return {"type": "closed"}
+            self.buffer += data
+        event, _, self.buffer = self.buffer.partition(b"\n\n")
+        message: dict[str, Any] = {}
+        for line in event.decode().split("\n"):
+            field, _, value = line.partition(": ")
+            if field == "data":
+                message = json.loads(value)
+            elif field == "id":
+                self.last_id = value
+            elif field == "retry":
+                self.retry_ms = int(value)
+        self.received.append(message)
+        return message
+
+
+class World:
+    """A running server and the way to it."""
+
+    def __init__(self, server: Server, listener: MemoryListener) -> None:
+        self.server = server
+        self.listener = listener
+
+    def wire(self) -> MemoryWire:
+        return self.listener.connect()
+
+    async def websocket(self, player: str, query: str = "", **more: Any) -> WebSocketClient:
+        return await WebSocketClient(self.wire()).open(f"/ws/{player}?{query}", **more)
+
+    async def sse(self, player: str, query: str = "", **more: Any) -> SSEClient:
+        return await SSEClient(self.wire()).open(f"/sse/{player}?{query}", **more)
+
+    async def request(self, method: str, path: str, body: object = None, headers: str = "") -> tuple[int, Any]:
+        """One request on a connection of its own: (status, decoded body)."""
+        data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        client = Client(self.wire())
+        length = f"Content-Length: {len(data)}\r\n" if body is not None else ""
+        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{length}{headers}\r\n"
+        await client.send_all(head.encode() + data)
+        answer = b""
+        while chunk := await client.receive():
+            answer += chunk
+        client.close()
+        top, _, rest = answer.partition(b"\r\n\r\n")
+        status = int(top.split()[1])
+        return status, json.loads(rest) if rest else None
+
+    async def publish(self, **publication: Any) -> dict[str, Any]:
+        status, answer = await self.request("POST", "/api/messages", publication)
+        assert status == 202, answer
+        assert isinstance(answer, dict)
+        return answer
+
+
+@asynccontextmanager
+async def play(
+    path: Path,
+    *,
+    game: Game | None = None,
+    seed: int = 0,
+    crash: bool = False,
+    hook: Any = None,
+    **settings: Any,
+) -> AsyncIterator[World]:
+    """Run a server in this task's time. *crash*: leave as ``kill -9`` does, without a drain."""
+    database = SqliteDatabase(path)
+    server = Server(
+        Settings(port=0, server_id="test", **settings),
+        game=game or DefaultGame(),
+        database=database,
+        runner=InlineRunner(hook),
+        clock=VirtualClock(),
+        randomness=SeededRandomness(seed),
+    )
+    listener = MemoryListener()
+    try:
+        async with trio.open_nursery() as nursery:
+
+            async def serve(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+                await server.serve([listener], task_status=task_status)
+
+            await nursery.start(serve)
+            yield World(server, listener)
+            if crash:
+                nursery.cancel_scope.cancel()
+            else:
+                server.stop()
+    finally:
+        database.abandon()
