@@ -109,6 +109,7 @@ class Registrar:
             while True:
                 if self._context.draining:
                     raise draining()
+                self._refuse_if_crashing(player_id)
                 session = self._hub.sessions.get(player_id)
                 if player_id in self._changes:
                     await self._wait_change(player_id)
@@ -118,7 +119,6 @@ class Registrar:
                     session.arriving += 1
                     return session
                 else:
-                    self._refuse_if_crashing(player_id)
                     await self._change(player_id, partial(self._admit, player_id, wanted))
         raise busy("the player's session is being changed: try again")
 

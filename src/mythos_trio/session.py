@@ -124,6 +124,10 @@ class LiveSession:
         self._paying: Submission | None = None
 
     @property
+    def online(self) -> bool:
+        return self.state is State.ONLINE
+
+    @property
     def waiting_commands(self) -> int:
         return self._commands.waiting
 
@@ -170,10 +174,10 @@ class LiveSession:
     async def _live(self) -> None:
         """Until the player has been link-dead for the whole grace time and the game knows it."""
         while True:
-            while self.state is State.ONLINE or self.arriving:
+            while self.online or self.arriving:
                 await self._wait_change()
             with trio.move_on_after(self._context.settings.linkdead_grace) as grace:
-                while self.state is not State.ONLINE:
+                while not self.online:
                     await self._wait_change()
             if grace.cancelled_caught and not self.arriving and await self._leave():
                 return

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from mythos_trio import http1
 from mythos_trio.core import wire
-from mythos_trio.core.errors import BUSY, Close, ErrorType, Refusal
+from mythos_trio.core.errors import BUSY, RATE, Close, ErrorType, Refusal
 from mythos_trio.streams import refuse_http
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 RETRY_MS: Final = 1000
 
 _LEFT: Final = Close(1000, "the client left", ErrorType.CONNECTION)
+
+# Limits: a stranger's WebSocket gets the status; an EventSource must be told to come back.
+_COME_BACK: Final = {429: RATE, 503: BUSY}
 
 _GONE: Final = Close(1000, "there is nothing to come back to", ErrorType.SESSION)
 
@@ -60,7 +63,7 @@ class SSETransport:
 
     async def refuse(self, link: Link, head: Head, refusal: Refusal) -> None:
         """An EventSource comes back by itself after 200, and stops for good on every other status."""
-        close = refusal.close or (BUSY if refusal.status in (429, 503) else None)
+        close = refusal.close or _COME_BACK.get(refusal.status)
         if close is None or close.code == 4500:
             headers = self._access.cors_headers(head)
             await refuse_http(link, refusal, now=self._clock.now(), server_id=self._server_id, headers=headers)

@@ -200,6 +200,7 @@ class Streams:
                 self._live, session, arrival, name=f"{arrival.transport.name} of {arrival.player_id}"
             )
             if not taken:
+                session.departed()
                 return False
         except BaseException:
             session.departed()
@@ -429,7 +430,7 @@ class Streams:
             connection.end(BUSY, retry_ms=0)
         left_with = channel.left_with if channel else None
         close = connection.over or left_with or link.ended or LOST
-        by = "client" if connection.over is None and (left_with or link.ended is None) else link.ended_by or "server"
+        by = _ended_by(connection, left_with)
         if connection.attached:
             self._log_disconnected(connection, session, arrival, close, by)
             self._context.hub.note_closed(connection, self._context.clock.now())
@@ -582,6 +583,15 @@ class ConnectionAsker:
 def reply_error(connection: Connection, id: str | None, refusal: Refusal) -> None:
     body = wire.error_body(refusal.error_type, refusal.message, refusal.details)
     connection.offer_reply(id, body, None)
+
+
+def _ended_by(connection: Connection, left_with: Close | None) -> str:
+    """Who ended it: client, network, server or operator."""
+    if connection.over is not None:
+        return connection.link.ended_by or "server"
+    if left_with is not None:
+        return "client"
+    return "network" if connection.link.ended is None else connection.link.ended_by
 
 
 _ADVICE: Final = {

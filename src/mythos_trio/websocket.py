@@ -9,7 +9,7 @@ are looked at by the link's `FrameScanner`, in bytes, before trio-websocket has 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -93,18 +93,21 @@ class WebSocketChannel:
     def __init__(self, websocket: WebSocketConnection, streams: Streams) -> None:
         self._websocket = websocket
         self._streams = streams
-        self._left_with: Close | None = None
 
     @property
     def left_with(self) -> Close | None:
-        return self._left_with
+        """The close frame that the client sent; None if there was none (RFC 6455, section 7.1.5: 1006)."""
+        reason = self._websocket.closed
+        if reason is None or reason.code == 1006:
+            return None
+        return Close(reason.code, reason.reason or reason.name, ErrorType.CONNECTION)
 
     async def read(self, connection: Connection) -> None:
         """Text frames are requests. Ends when the client leaves."""
         link = connection.link
         link.on_pong = connection.ponged
         link.on_violation = connection.end
-        try:
+        with suppress(ConnectionClosed):
             while connection.over is None:
                 await connection.wait_reply_room()
                 message = await self._websocket.get_message()
@@ -112,7 +115,3 @@ class WebSocketChannel:
                     connection.end(BINARY)
                     return
                 await self._streams.hear(connection, parse_frame(message))
-        except ConnectionClosed as closed:
-            reason = closed.reason
-            if reason is not None:
-                self._left_with = Close(reason.code, reason.reason or reason.name, ErrorType.CONNECTION)
