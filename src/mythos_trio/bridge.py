@@ -71,10 +71,12 @@ class _Config(Config):
 class _Connection(TrioASGIHTTPConnection):
     """quart-trio's handling of one request, with a deadline, and with the end of the answer shielded."""
 
-    async def handle_request(self, nursery: trio.Nursery, request: Any, send: Any) -> None:
+    async def handle_request(  # type: ignore[override]  # quart-trio's has the nursery too
+        self, nursery: trio.Nursery, request: Any, send: Any
+    ) -> None:
         sender = _Sender(send)
         with trio.move_on_after(REQUEST_SECONDS) as scope:
-            await super().handle_request(nursery, request, sender)
+            await super().handle_request(nursery, request, cast(Any, sender))
         if scope.cancelled_caught:
             await sender.give_up()
             nursery.cancel_scope.cancel()
@@ -137,8 +139,13 @@ class _Stream:
         if self.closed:
             raise trio.ClosedResourceError
         with trio.CancelScope() as self._receiving:
-            return await self._link.receive_some(limit)
-        raise trio.ClosedResourceError  # closed meanwhile
+            data = await self._link.receive_some(limit)
+            if data:
+                return data
+            # Hypercorn takes the end for the client's departure and drops the request; but
+            # `printf … | nc` still waits for its answer. Who has left is found out by sending.
+            await self._link.wait_ended()
+        raise trio.ClosedResourceError
 
     async def send_eof(self) -> None:
         if self.closed:
@@ -181,13 +188,13 @@ class Bridge:
             nursery.start_soon(live, name="app")
             try:
                 await lifespan.wait_for_startup()
-                task_status.started()
-                await trio.sleep_forever()
-            finally:
-                await self._context.terminated.set()
-                with trio.move_on_after(LIFESPAN_SECONDS, shield=True):
-                    await lifespan.wait_for_shutdown()
+                if not lifespan.shutdown.is_set():  # else it did not start: its exception is on the way
+                    task_status.started()
+                    await trio.sleep_forever()
+            except BaseException:
+                await _stop(lifespan)
                 alive.cancel()
+                raise
 
     async def serve(self, link: Link, head_raw: bytes, visitor: Visitor) -> None:
         """Have one request answered, and close the link. Cancelled, it ends at once."""
@@ -204,6 +211,12 @@ class Bridge:
             await link.linger()
         finally:
             link.close()
+
+
+async def _stop(lifespan: Lifespan) -> None:
+    with trio.move_on_after(LIFESPAN_SECONDS, shield=True):
+        if not lifespan.shutdown.is_set():
+            await lifespan.wait_for_shutdown()
 
 
 async def _break_when_cancelled(link: Link, stream: _Stream) -> None:
