@@ -285,10 +285,12 @@ def run(
     game_spec: str = DEFAULT_GAME,
     *,
     announce: Callable[[list[tuple[str, int]]], None] = lambda _: None,
+    hang_up: Callable[[], None] = lambda: None,
 ) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. Logging has been set up by the caller.
 
     :param announce: is told the addresses when the server is ready.
+    :param hang_up: what SIGHUP does: the log is opened again.
     :raises PortTaken: :raises StoreUnusable: :raises GameSpecError:
     """
     game = load_game(game_spec)
@@ -301,12 +303,12 @@ def run(
         )
     database = SqliteDatabase(
         sqlite_path(settings.database_url),
-        durability=settings.durability,
+        durability="power" if settings.durability == "power" else "process",
         max_store_bytes=settings.max_store_bytes,
     )
     listeners = open_listeners(settings.host, settings.port)
     try:
-        return trio.run(_main, settings, game, database, listeners, announce)
+        return trio.run(_main, settings, game, database, listeners, announce, hang_up)
     finally:
         for listener in listeners:
             listener.close()
@@ -318,6 +320,7 @@ async def _main(
     database: Database,
     listeners: Sequence[Listener],
     announce: Callable[[list[tuple[str, int]]], None],
+    hang_up: Callable[[], None],
 ) -> int:
     statistics = Statistics()
     logs.on_error(statistics.logged)
@@ -331,7 +334,7 @@ async def _main(
         statistics=statistics,
     )
     async with trio.open_nursery() as nursery:
-        await nursery.start(_hear_signals, server)
+        await nursery.start(_hear_signals, server, hang_up)
         nursery.start_soon(_announce_when_ready, server, listeners, announce)
         code = await server.serve(listeners)
         nursery.cancel_scope.cancel()
@@ -346,11 +349,13 @@ async def _announce_when_ready(
     announce([listener.address for listener in listeners])
 
 
-async def _hear_signals(server: Server, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+async def _hear_signals(
+    server: Server, hang_up: Callable[[], None], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         task_status.started()
         async for number in signals:
             if number == signal.SIGHUP:
-                logs.reopen()
+                hang_up()
             else:
                 server.stop()

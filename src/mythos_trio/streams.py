@@ -212,7 +212,6 @@ class Streams:
         return not arrival.start_over
 
     def _log_refused(self, transport: Transport, player: str, address: str, refusal: Refusal) -> None:
-        self._context.statistics.error(refusal.error_type, refusal.message, player, self._context.clock.now())
         log.warning(
             f"{transport.title} refused",
             error_type=refusal.error_type.value,
