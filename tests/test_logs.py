@@ -241,7 +241,7 @@ def test_reopen_goes_on_in_a_file_of_the_old_name(settings: Settings, running: l
     flushed(running)
     Path(settings.log_file).rename(settings.log_file + ".old")
     log.info("two")
-    running.reopen()
+    logs.reopen()
     log.info("three")
     running.close()
     assert [line["event"] for line in lines(settings)] == ["three"]

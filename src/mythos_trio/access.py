@@ -318,7 +318,7 @@ class Access:
             hint = f"Origin refused: {shown!r} cannot be admitted"
         else:
             hint = f"Origin refused: to admit it set CORS_ORIGINS={value}"
-        self._warn_once(f"origin {shown}", hint, origin=shown, error_type=ErrorType.AUTHENTICATION.value)
+        self._warn_once(f"origin {shown}", hint, origin=shown)
         setting = {"setting": "CORS_ORIGINS", "value": value} if value else {}
         raise _stranger(f"pages of {shown!r} may not use this server", "origin", origin=shown, **setting)
 

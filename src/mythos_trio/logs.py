@@ -189,6 +189,7 @@ class _State:
     def __init__(self) -> None:
         self.level = logging.INFO
         self.sink: Sink = _to_logging
+        self.running: Logs | None = None
         self.callbacks: list[Sink] = []
 
 
@@ -459,6 +460,7 @@ class Logs:
         if self._closed:
             return
         self._closed = True
+        _state.running = None
         _state.level, _state.sink, root_level, sys.excepthook, sys.unraisablehook = self._before
         threading.excepthook = self._thread_hook
         logging.captureWarnings(False)
@@ -494,7 +496,14 @@ def setup(settings: Settings, console: bool = True) -> Logs:
     :raises SettingError: the file cannot be written.
     """
     try:
-        return Logs(settings, sys.stderr if console else None)
+        _state.running = Logs(settings, sys.stderr if console else None)
+        return _state.running
     except OSError as error:
         expected = f"a file that can be written ({error.strerror or error})"
         raise SettingError("LOG_FILE", settings.log_file, expected) from error
+
+
+def reopen() -> None:
+    """As `Logs.reopen`, for what has been set up in this process, if anything."""
+    if _state.running is not None:
+        _state.running.reopen()
