@@ -10,13 +10,21 @@ can know (ids, keys, answers that are there already).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
+import trio
 from attrs import frozen
 
 from mythos_trio.core.position import Epochs
-from mythos_trio.core.transaction import Answer, Outcome, Transaction
+from mythos_trio.core.transaction import Answer, Append, Committed, Outcome, Reason, Refused, Transaction
+from mythos_trio.seams import Clock
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class StoreError(Exception):
@@ -119,7 +127,11 @@ class Notes:
 
 @frozen
 class Cleaned:
-    """What one slice of clean-up removed; *more* if there is more to do."""
+    """What one slice of clean-up removed; *more* if there is more to do.
+
+    *sessions* are those that expired and those that were forgotten; *ended* names the expired ones,
+    as (player_id, session_id): one that was joined in the same moment is over all the same.
+    """
 
     messages: int = 0
     sessions: int = 0
@@ -130,11 +142,12 @@ class Cleaned:
     expired_mail: int = 0
     """Of *messages*, those to a player that the player's session had not seen."""
     more: bool = False
+    ended: tuple[tuple[str, str], ...] = ()
 
 
 @frozen
 class Bounds:
-    """Retention, from the settings. Seconds, counts and bytes."""
+    """Retention, from the settings. Seconds, counts (of a target, of a session's answers) and bytes."""
 
     message_seconds: float
     message_count: int
@@ -145,29 +158,52 @@ class Bounds:
 
 
 class Database(Protocol):
-    """The blocking interface. One thread calls the writing half, others the reading half."""
+    """The blocking interface. One thread at a time calls the writing half, others the reading half.
+
+    Everything but `open` and `commit` raises `StoreError` when it cannot be done now.
+    """
 
     # Writing half.
 
-    def open(self, now: float) -> Recovered: ...
+    def open(self, now: float) -> Recovered:
+        """Take the store, and begin a new life of it if need be.
+
+        :raises StoreUnusable: it cannot be opened at all, and has not been touched.
+        """
+        ...
+
     def close(self) -> None:
-        """Store that all was closed in order, and let go of the store."""
+        """Store that all was closed in order, and let go of the store. Idempotent.
+
+        It lets go also if that cannot be stored; then it raises, and the next start recovers.
+        """
         ...
 
     def commit(self, batch: Sequence[Transaction], now: float) -> list[Outcome]:
         """All of *batch* in one commit, in order, each transaction all or nothing.
 
         A transaction that is refused does not touch the others. If the commit itself fails, every
-        outcome is ``Refused(FAILED | FULL)``, and nothing of it is stored.
+        outcome is ``Refused(FAILED | FULL)``, and nothing of it is stored. Never raises for what
+        the store or a transaction is to blame for.
         """
         ...
 
+    def probe(self) -> None:
+        """A tiny write, to learn whether writing works."""
+        ...
+
     def note(self, notes: Notes) -> None: ...
-    def clean(self, now: float, bounds: Bounds, *, slice_rows: int = 500) -> Cleaned: ...
+    def clean(self, now: float, bounds: Bounds, *, slice_rows: int = 500) -> Cleaned:
+        """One slice of clean-up in one short commit: about *slice_rows* rows are removed."""
+        ...
 
     # Reading half.
 
-    def read(self, player_id: str, session_id: str, after: int, upto: int, limit: int) -> Chunk: ...
+    def read(self, player_id: str, session_id: str, after: int, upto: int, limit: int) -> Chunk:
+        """The session's stream with numbers above *after*, not above *upto*: at most *limit* messages
+        (and a bounded number of bytes, but at least one message if there is one)."""
+        ...
+
     def current_session(self, player_id: str) -> SessionRow | None:
         """The newest session of the player if it has not ended."""
         ...
@@ -194,5 +230,222 @@ class Database(Protocol):
         ...
 
 
+class Runner(Protocol):
+    """Where the database's calls run. Calls of `write` never overlap, and run in the order in which
+    they were made; `read` may run beside them."""
+
+    async def write(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+    async def read(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+
+
+class ThreadRunner:
+    """One writer thread, *readers* reader threads.
+
+    A cancelled call is left behind at once, so that a disk that hangs cannot keep the process; the
+    thread goes on, and the next write waits for it.
+    """
+
+    def __init__(self, readers: int = 2) -> None:
+        self._writer = trio.CapacityLimiter(1)
+        self._readers = trio.CapacityLimiter(readers)
+
+    async def write(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        bound = partial(call, *args, **kwargs)
+        return await trio.to_thread.run_sync(bound, abandon_on_cancel=True, limiter=self._writer)
+
+    async def read(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        bound = partial(call, *args, **kwargs)
+        return await trio.to_thread.run_sync(bound, abandon_on_cancel=True, limiter=self._readers)
+
+
+class InlineRunner:
+    """Runs the calls in the event loop: virtual time does not know of threads.
+
+    *hook* is awaited before each call, with ``"write"`` or ``"read"``: it may sleep (a slow disk), or
+    raise `StoreError` (a broken one).
+    """
+
+    def __init__(self, hook: Callable[[str], Awaitable[None]] | None = None) -> None:
+        self.hook = hook
+        self._writer = trio.Lock()
+
+    async def write(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        async with self._writer:
+            await self._wait("write")
+            return call(*args, **kwargs)
+
+    async def read(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        await self._wait("read")
+        return call(*args, **kwargs)
+
+    async def _wait(self, kind: str) -> None:
+        if self.hook is None:
+            await trio.lowlevel.checkpoint()
+        else:
+            await self.hook(kind)
+
+
+class _Call(Generic[T]):
+    """A call that can be taken back as long as its thread has not begun it."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call = call
+        self._free = threading.Lock()
+
+    def __call__(self) -> T | None:
+        return self._call() if self._take() else None
+
+    def withdraw(self) -> bool:
+        """Whether it will never run; False if it runs, or has run."""
+        return self._take()
+
+    def _take(self) -> bool:
+        return self._free.acquire(blocking=False)
+
+
 class Storage:
-    """To be written: see the module's docstring."""
+    """A `Database` for the event loop, and what health has to know of it.
+
+    A commit that was cancelled while it ran has an outcome that nobody knows: what is in memory may
+    no longer be what is stored. So after it nothing is committed any more; a new start recovers.
+    """
+
+    def __init__(self, database: Database, runner: Runner, clock: Clock) -> None:
+        self._database = database
+        self._runner = runner
+        self._clock = clock
+        self._broken: str | None = None
+        self._under_way: list[float] = []
+        self.trouble: str | None = None
+        """Why the newest write failed; None if it worked."""
+        self.last_commit_ms: float | None = None
+        """From asking to knowing, of the newest commit that worked."""
+        self.commits = 0
+        self.messages = 0
+
+    @property
+    def writing_seconds(self) -> float:
+        """How long the commit or probe that is under way has taken so far; 0 if none is."""
+        return trio.current_time() - min(self._under_way) if self._under_way else 0.0
+
+    # Writing half.
+
+    async def open(self) -> Recovered:
+        """
+        :raises StoreUnusable: it cannot be opened at all.
+        """
+        return await self._runner.write(self._database.open, self._clock.now())
+
+    async def close(self) -> None:
+        """
+        :raises StoreError: it was not closed in order; the next start recovers.
+        """
+        if self._broken is not None:
+            # The thread that was left behind still has the database in its hands.
+            raise StoreError(f"not closed in order: {self._broken}")
+        await self._runner.write(self._database.close)
+
+    async def commit(self, batch: Sequence[Transaction]) -> list[Outcome]:
+        """All of *batch* in one commit: see `Database.commit`. Never raises `StoreError`."""
+        if self._broken is not None:
+            return [Refused(Reason.FAILED, self._broken) for _ in batch]
+        began = trio.current_time()
+        call = _Call(partial(self._database.commit, batch, self._clock.now()))
+        try:
+            with self._measured():
+                outcomes = await self._runner.write(call)
+        except trio.Cancelled:
+            if not call.withdraw():
+                self.trouble = self._broken = "a commit was abandoned, and its outcome is not known"
+            raise
+        except StoreError as error:
+            self.trouble = str(error)
+            return [refused(error) for _ in batch]
+        if outcomes is None:
+            raise RuntimeError("a commit was withdrawn, and yet its outcome asked for")
+        self._account(batch, outcomes, (trio.current_time() - began) * 1000)
+        return outcomes
+
+    async def probe(self) -> None:
+        """
+        Write something tiny: `trouble` heals, or a lock is noticed, without traffic.
+
+        :raises StoreError: writing does not work now.
+        """
+        with self._measured():
+            await self._write(self._database.probe)
+        self.trouble = self._broken
+
+    async def note(self, notes: Notes) -> None:
+        await self._write(self._database.note, notes)
+
+    async def clean(self, bounds: Bounds, *, slice_rows: int = 500) -> Cleaned:
+        return await self._write(self._database.clean, self._clock.now(), bounds, slice_rows=slice_rows)
+
+    async def _write(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await self._runner.write(call, *args, **kwargs)
+        except StoreError as error:
+            self.trouble = str(error)
+            raise
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        began = trio.current_time()
+        self._under_way.append(began)
+        try:
+            yield
+        finally:
+            self._under_way.remove(began)
+
+    def _account(self, batch: Sequence[Transaction], outcomes: Sequence[Outcome], ms: float) -> None:
+        failures = [o for o in outcomes if isinstance(o, Refused) and o.reason in (Reason.FAILED, Reason.FULL)]
+        if not outcomes or all(transaction.abandoned for transaction in batch):
+            return
+        if len(failures) == len(outcomes):
+            self.trouble = failures[-1].message
+            return
+        self.trouble = None
+        self.last_commit_ms = ms
+        self.commits += 1
+        for transaction, outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, Committed):
+                appends = sum(isinstance(effect, Append) for effect in transaction.effects)
+                self.messages += appends - len(outcome.duplicates)
+
+    # Reading half.
+
+    async def read(self, player_id: str, session_id: str, after: int, upto: int, limit: int) -> Chunk:
+        return await self._runner.read(self._database.read, player_id, session_id, after, upto, limit)
+
+    async def current_session(self, player_id: str) -> SessionRow | None:
+        return await self._runner.read(self._database.current_session, player_id)
+
+    async def find_session(self, player_id: str, session_id: str) -> SessionRow | None:
+        return await self._runner.read(self._database.find_session, player_id, session_id)
+
+    async def last_seen(self, player_id: str) -> int:
+        return await self._runner.read(self._database.last_seen, player_id)
+
+    async def find_answer(self, player_id: str, session_id: str, command_id: str) -> Answer | None:
+        return await self._runner.read(self._database.find_answer, player_id, session_id, command_id)
+
+    async def find_message(self, message_id: str) -> StoredMessage | None:
+        return await self._runner.read(self._database.find_message, message_id)
+
+    async def find_expired(self, message_id: str) -> bool:
+        return await self._runner.read(self._database.find_expired, message_id)
+
+    async def receivers(self, message: StoredMessage, limit: int) -> tuple[list[SessionRow], int]:
+        return await self._runner.read(self._database.receivers, message, limit)
+
+    async def sessions(self, player_id: str | None, limit: int) -> list[SessionRow]:
+        return await self._runner.read(self._database.sessions, player_id, limit)
+
+    async def figures(self) -> dict[str, Any]:
+        return await self._runner.read(self._database.figures)
+
+
+def refused(error: StoreError) -> Refused:
+    """What a transaction is told that *error* has kept from being stored."""
+    return Refused(Reason.FULL if error.full else Reason.FAILED, str(error))
