@@ -16,9 +16,9 @@ from http import HTTPStatus
 from typing import Any, Final, NoReturn, TypeAlias
 
 from attrs import define, frozen
-from quart import Response, request
-from quart.wrappers import Response as QuartResponse
+from quart import request
 from quart_trio import QuartTrio
+from quart_trio.wrappers import TrioResponse as Response
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import BaseConverter
 
@@ -43,7 +43,7 @@ MAX_BODY: Final = 256 * 1024
 # A body comes with its head, or soon after: this is for clients that dribble.
 BODY_SECONDS: Final = 10.0
 
-Handler: TypeAlias = Callable[..., Awaitable[QuartResponse]]
+Handler: TypeAlias = Callable[..., Awaitable[Response]]
 
 
 class Needs(Enum):
@@ -160,7 +160,7 @@ class _Api:
             return self._front_door(route)
         handler: Handler = getattr(self, route.handler)
 
-        async def view(**arguments: str) -> QuartResponse:
+        async def view(**arguments: str) -> Response:
             # First of all: a stranger learns nothing from what would have been wrong otherwise.
             self._authorise(route.needs, arguments.get("player_id"))
             if "player_id" in arguments:
@@ -186,7 +186,7 @@ class _Api:
             case Needs.ADMIN:
                 visitor.require_scope("admin")
 
-    async def preflight(self) -> QuartResponse | None:
+    async def preflight(self) -> Response | None:
         """Answers OPTIONS, also for the paths that the front door serves."""
         if request.method != "OPTIONS":
             return None
@@ -197,7 +197,7 @@ class _Api:
             return Response(status=204, headers={"Allow": _allowed(request.routing_exception)})
         return None
 
-    async def finish(self, response: QuartResponse) -> QuartResponse:
+    async def finish(self, response: Response) -> Response:
         """What every answer carries."""
         response.headers["Server-Id"] = self.server_id
         response.headers.setdefault("Cache-Control", "no-store")
@@ -208,13 +208,13 @@ class _Api:
 
     # Errors.
 
-    async def refused(self, refusal: Refusal) -> QuartResponse:
+    async def refused(self, refusal: Refusal) -> Response:
         headers = dict(refusal_headers(refusal))
         if refusal.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return self._error(refusal.status, refusal.error_type, refusal.message, refusal.details, headers)
 
-    async def framework_refused(self, error: HTTPException) -> QuartResponse:
+    async def framework_refused(self, error: HTTPException) -> Response:
         """What the framework turns down: no such path or method, a body that is too big or late."""
         status = error.code or 500
         if status >= 500:
@@ -233,7 +233,7 @@ class _Api:
             details["max_bytes"] = MAX_BODY
         return self._error(status, error_type, message, details, headers)
 
-    async def failed(self, error: Exception) -> QuartResponse:
+    async def failed(self, error: Exception) -> Response:
         """A bug: logged (which counts it) and said, with the traceback only where ``DEBUG`` is on."""
         where = f"{request.method} {request.path}"
         log.error(
@@ -257,7 +257,7 @@ class _Api:
         *,
         logged: bool = False,
         more: Mapping[str, Any] | None = None,
-    ) -> QuartResponse:
+    ) -> Response:
         """The answer that says what is wrong. Counted, unless a line of the log does that."""
         now = self.clock.now()
         if not logged:
@@ -271,30 +271,30 @@ class _Api:
 
     # Health.
 
-    async def health(self) -> QuartResponse:
+    async def health(self) -> Response:
         status, answer = await self.monitor.health()
         return _json(answer, _health_code(status))
 
-    async def health_detailed(self) -> QuartResponse:
+    async def health_detailed(self) -> Response:
         status, answer = await self.monitor.health_detailed()
         return _json(answer, _health_code(status))
 
-    async def health_ready(self) -> QuartResponse:
+    async def health_ready(self) -> Response:
         ready, answer = self.monitor.ready()
         return _json(answer, 200 if ready else 503)
 
     # Players, sessions, connections.
 
-    async def stats(self) -> QuartResponse:
+    async def stats(self) -> Response:
         return _json(self.monitor.stats())
 
-    async def player(self, player_id: str) -> QuartResponse:
+    async def player(self, player_id: str) -> Response:
         return _json(await self.monitor.player(player_id))
 
-    async def session(self, player_id: str) -> QuartResponse:
+    async def session(self, player_id: str) -> Response:
         return _json(await self.monitor.session(player_id))
 
-    async def switch(self, player_id: str) -> QuartResponse:
+    async def switch(self, player_id: str) -> Response:
         body = await _body("session_id")
         result = await self.registrar.switch(player_id, names.session_id(body.get("session_id")))
         return _json(
@@ -308,11 +308,11 @@ class _Api:
             }
         )
 
-    async def end_player(self, player_id: str) -> QuartResponse:
+    async def end_player(self, player_id: str) -> Response:
         closed = await self.registrar.end(player_id)
         return _json({"success": True, "player_id": player_id, "connections_closed": closed})
 
-    async def end_connection(self, player_id: str, connection_id: str) -> QuartResponse:
+    async def end_connection(self, player_id: str, connection_id: str) -> Response:
         if not self.registrar.disconnect(player_id, connection_id):
             raise Refusal(
                 ErrorType.CONNECTION,
@@ -322,7 +322,7 @@ class _Api:
             )
         return _json({"success": True, "player_id": player_id, "connection_id": connection_id, "connections_closed": 1})
 
-    async def subscriptions(self, player_id: str) -> QuartResponse:
+    async def subscriptions(self, player_id: str) -> Response:
         body = await _body("session_id", "subscribe", "unsubscribe")
         subscribe, unsubscribe = _channels(body, "subscribe"), _channels(body, "unsubscribe")
         if both := sorted({*subscribe} & {*unsubscribe}):
@@ -337,10 +337,10 @@ class _Api:
 
     # Messages and tokens.
 
-    async def explain(self, message_id: str) -> QuartResponse:
+    async def explain(self, message_id: str) -> Response:
         return _json(await self.monitor.message(names.message_id(message_id)))
 
-    async def verify(self) -> QuartResponse:
+    async def verify(self) -> Response:
         if self.settings.protected:
             return _json({"valid": None, "mode": "protected"})
         try:
@@ -368,25 +368,25 @@ class _Api:
 
     # Monitoring pages.
 
-    async def dual_connections(self) -> QuartResponse:
+    async def dual_connections(self) -> Response:
         return _json(self.monitor.dual_connections())
 
-    async def performance(self) -> QuartResponse:
+    async def performance(self) -> Response:
         return _json(self.monitor.performance())
 
-    async def connection_health(self) -> QuartResponse:
+    async def connection_health(self) -> Response:
         return _json(self.monitor.connection_health())
 
-    async def errors(self) -> QuartResponse:
+    async def errors(self) -> Response:
         return _json(self.monitor.errors())
 
-    async def tasks(self) -> QuartResponse:
+    async def tasks(self) -> Response:
         player = request.args.get("player")
         return _json(self.monitor.tasks(None if player is None else names.player_id(player)))
 
     # The page for people.
 
-    async def index(self) -> QuartResponse:
+    async def index(self) -> Response:
         return Response(
             _PAGE.replace("HOST", escape(request.host)),
             content_type="text/html; charset=utf-8",
@@ -427,7 +427,7 @@ def _channels(body: Mapping[str, Any], field: str) -> list[str]:
     return list(dict.fromkeys(names.channel(name) for name in value))
 
 
-def _json(value: Answer, status: int = 200) -> QuartResponse:
+def _json(value: Answer, status: int = 200) -> Response:
     return Response(wire.encode(value) + b"\n", status, content_type=JSON)
 
 

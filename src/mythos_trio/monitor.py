@@ -491,6 +491,7 @@ class Monitor:
         return self._stamped(
             connection_establishment=self.statistics.establishment(),
             message_delivery=self.statistics.delivery(),
+            commands=self.statistics.commands(),
             system_performance={
                 "cpu_percent": self.machine.cpu_percent(),
                 "memory_rss_bytes": self.machine.memory().rss_bytes,
