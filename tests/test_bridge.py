@@ -13,7 +13,6 @@ from typing import Any, cast
 import h11
 import pytest
 import trio
-import trio.testing
 from hypercorn.config import Config
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
@@ -96,6 +95,7 @@ class Place:
         self.nursery = nursery
         self.seen = seen
         self.wires: list[MemoryWire] = []
+        self.served: list[trio.Event] = []
 
     def connect(self, line: str, *headers: str, done: Callable[[], object] | None = None) -> MemoryStream:
         """A connection whose head the front door has read; `done` is called when it is served."""
@@ -104,8 +104,12 @@ class Place:
         link = Link(wire, write_timeout=10, start=self.nursery.start_soon)
         head = "\r\n".join([line, "Host: localhost", *headers, "", ""]).encode()
 
+        served = trio.Event()
+        self.served.append(served)
+
         async def serve() -> None:
             await self.bridge.serve(link, head, VISITOR)
+            served.set()
             if done is not None:
                 done()
 
@@ -146,9 +150,9 @@ async def place(nursery: trio.Nursery) -> AsyncIterator[Place]:
     place = Place(bridge, nursery, seen)
     yield place
     with trio.fail_after(20):
-        for wire in place.wires:
-            while not wire.closed:
-                await trio.testing.wait_all_tasks_blocked(0.01)
+        for served in place.served:
+            await served.wait()
+    assert all(wire.closed for wire in place.wires)
 
 
 # What it does.
@@ -280,6 +284,30 @@ async def test_an_answer_without_end_ends(place: Place, autojump_clock: MockCloc
             await trio.sleep(0.1)
     assert trio.current_time() - began >= REQUEST_SECONDS
     assert place.seen["endless ended"]
+    await stream.aclose()
+
+
+async def test_a_client_that_reads_slowly_has_no_more_time_than_others(place: Place, autojump_clock: MockClock) -> None:
+    """The write deadline lets it, and Hypercorn's shield would wait for it."""
+    done = trio.Event()
+    began = trio.current_time()
+    stream = place.connect("GET /huge HTTP/1.1", done=done.set)
+    while not done.is_set():
+        await trio.sleep(5)
+        if stream.wire.unread():
+            await stream.receive_some(65536)
+    assert trio.current_time() - began <= REQUEST_SECONDS + GRACE_SECONDS + 5
+
+
+async def test_a_client_that_sends_on_can_read_the_answer(place: Place, autojump_clock: MockClock) -> None:
+    """Closing at once would reset the connection, and take the answer out of the client's kernel."""
+    stream = place.connect("POST /ignore HTTP/1.1", "Content-Length: 1000000")
+    await stream.send_all(bytes(50_000))
+    await stream.wire.wait_readable()
+    await trio.sleep(0.1)
+    await stream.send_all(bytes(30_000))
+    await trio.sleep(0.1)
+    assert parse(await stream.receive_all())[0] == 200
     await stream.aclose()
 
 

@@ -19,7 +19,7 @@ from attrs import define, field, frozen
 
 from mythos_trio import logs
 from mythos_trio.core import names
-from mythos_trio.core.errors import FAULT, ErrorType, Refusal
+from mythos_trio.core.errors import BUSY, FAULT, ErrorType, Refusal
 from mythos_trio.http1 import Head, HttpRefusal, read_head, refuse, refused, response
 from mythos_trio.link import Link
 from mythos_trio.net import Listener, Wire
@@ -232,11 +232,12 @@ class Front:
         self._listeners.append(listener)
         try:
             async with trio.open_nursery() as nursery:
-                while not self._stopped:
-                    await self._wait_room()
-                    wire = await self._accept(listener)
-                    if wire is None:
-                        break
+                while not self._stopped and (wire := await self._accept(listener)) is not None:
+                    try:
+                        await self._wait_room()
+                    except trio.Cancelled:
+                        wire.close()
+                        raise
                     self._admit(wire, nursery)
         finally:
             listener.close()
@@ -305,8 +306,8 @@ class Front:
             while head is not None:
                 then = await self._answer(link, head)
                 head = await self._next_head(link) if then is _Then.NEXT else None
-            if then is not _Then.FORGET:
-                await link.linger()
+            if then is not _Then.FORGET and link.sent_bytes:
+                await link.linger()  # so that the client gets the last answer
         finally:
             self._end_handshake(handshake)
             if then is not _Then.FORGET:
@@ -318,7 +319,8 @@ class Front:
             head = await self._read_head(link, idle=None)
             self._end_handshake(handshake)
             return head
-        return None  # it made room
+        link.reset(BUSY, by="server")  # it has to make room
+        return None
 
     async def _next_head(self, link: Link) -> Head | None:
         """The head of another request on the same connection. None: there is none, or it was refused."""

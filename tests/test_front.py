@@ -1,0 +1,713 @@
+"""The front door as clients see it: raw bytes in, answers out, on a network in memory."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import h11
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from mythos_trio import front as front_module
+from mythos_trio.access import Access, Visitor
+from mythos_trio.config import Settings
+from mythos_trio.core.errors import ErrorType, busy
+from mythos_trio.front import HEAD_SECONDS, IDLE_SECONDS, YIELD_AFTER, Front, Kind, route
+from mythos_trio.http1 import Head, parse_head, read_body, response
+from mythos_trio.link import Link
+from mythos_trio.seams import SystemClock
+from tests.support.memory_net import MemoryListener, MemoryStream
+
+KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # RFC 6455, section 1.3
+UPGRADE = (
+    "Upgrade: websocket",
+    "Connection: keep-alive, Upgrade",
+    f"Sec-WebSocket-Key: {KEY}",
+    "Sec-WebSocket-Version: 13",
+)
+
+
+class Fakes:
+    """Handlers, the app and the statistics: they write down what they were asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.links: list[Link] = []
+        self.bodies: list[bytes] = []
+        self.heads: list[bytes] = []
+        self.errors: list[str] = []
+        self.keep = True
+        self.crash: Callable[[Link], Awaitable[None]] | None = None
+
+    async def websocket(self, link: Link, head: Head, visitor: Visitor, player: str) -> None:
+        await self._stream("websocket", link, player)
+
+    async def sse(self, link: Link, head: Head, visitor: Visitor, player: str) -> None:
+        await self._stream("sse", link, player)
+
+    async def _stream(self, kind: str, link: Link, player: str) -> None:
+        self.asked.append((kind, player))
+        if self.crash is not None:
+            await self.crash(link)
+        self.links.append(link)
+        await link.send_all(b"yours now")
+
+    async def post(self, link: Link, head: Head, visitor: Visitor) -> bool:
+        self.asked.append(("post", head.path))
+        if self.crash is not None:
+            await self.crash(link)
+        body = await read_body(link, head, limit=100_000, timeout=10)
+        self.bodies.append(body)
+        answer = str(len(body)).encode()
+        await link.send_all(response(202, answer, keep_alive=head.keep_alive and self.keep, server_id="fake"))
+        return self.keep
+
+    async def serve(self, link: Link, head_raw: bytes, visitor: Visitor) -> None:
+        self.asked.append(("app", head_raw.split(b" ")[1].decode()))
+        self.heads.append(head_raw)
+        if self.crash is not None:
+            await self.crash(link)
+        await link.send_all(response(200, b"app", keep_alive=False, server_id="fake"))
+        await link.linger()
+
+    def error(self, error_type: str, event: str, player_id: str | None, when: float) -> None:
+        self.errors.append(error_type)
+
+
+class Log:
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, str]] = []
+
+    def info(self, event: str, **fields: Any) -> None:
+        self.lines.append(("info", event))
+
+    def warning(self, event: str, **fields: Any) -> None:
+        self.lines.append(("warning", event))
+
+    def error(self, event: str, **fields: Any) -> None:
+        assert fields["error_type"]
+        self.lines.append(("error", event))
+
+    def count(self, event: str) -> int:
+        return [line[1] for line in self.lines].count(event)
+
+
+class Door:
+    """A front door, its clients and what stands behind it."""
+
+    def __init__(self, settings: Settings, log: Log) -> None:
+        self.listener = MemoryListener()
+        self.ended = trio.Event()
+        """Set when the front door has returned."""
+        self.fakes = Fakes()
+        self.log = log
+        clock = SystemClock()
+        self.front = Front(settings, Access(settings, clock), self.fakes, self.fakes, self.fakes, clock)
+
+    async def serve(self) -> None:
+        await self.front.serve(self.listener)
+        self.ended.set()
+
+    def connect(self, data: bytes = b"", *, peer: str = "127.0.0.1", eof: bool = False) -> MemoryStream:
+        wire = self.listener.connect(peer)
+        if data:
+            assert wire.send(data) == len(data)
+        if eof:
+            wire.send_eof()
+        return MemoryStream(wire)
+
+    async def ask(self, data: bytes, *, peer: str = "127.0.0.1") -> list[Answer]:
+        """Send *data*; the answers, to the end of the connection."""
+        stream = self.connect(data, peer=peer)
+        answers = parse(await stream.receive_all(), data)
+        await stream.aclose()
+        return answers
+
+    async def refused(self, data: bytes, *, peer: str = "127.0.0.1") -> Answer:
+        """Send *data*; the one answer, which is a proper refusal."""
+        (answer,) = await self.ask(data, peer=peer)
+        assert answer.headers["connection"] == "close" or "upgrade" in answer.headers["connection"].lower()
+        assert answer.headers["server-id"] == "door-1"
+        if not data.startswith(b"HEAD"):
+            body = json.loads(answer.body)
+            assert set(body) == {"error", "error_type", "message", "details", "timestamp"}
+            assert body["error"] is True
+            assert body["error_type"] in list(ErrorType)
+        assert not self.fakes.asked
+        return answer
+
+
+class Answer:
+    def __init__(self, head: h11.Response, body: bytes) -> None:
+        self.status = head.status_code
+        self.headers: dict[str, str] = {}
+        for name, value in head.headers:
+            known = self.headers.get(name.decode())
+            self.headers[name.decode()] = f"{known}, {value.decode()}" if known else value.decode()
+        self.body = body
+
+
+def parse(data: bytes, request: bytes) -> list[Answer]:
+    answers = []
+    while data:
+        client = h11.Connection(h11.CLIENT)
+        method = "HEAD" if request.startswith(b"HEAD") else "GET"
+        client.send(h11.Request(method=method, target="/", headers=[("Host", "x")]))
+        client.send(h11.EndOfMessage())
+        client.receive_data(data)
+        head = client.next_event()
+        assert isinstance(head, h11.Response)
+        body = b""
+        while isinstance(event := client.next_event(), h11.Data):
+            body += event.data
+        assert isinstance(event, h11.EndOfMessage)
+        data = client.trailing_data[0]
+        answers.append(Answer(head, body))
+    return answers
+
+
+def raw(line: str, *headers: str, host: str | None = "localhost", body: bytes = b"") -> bytes:
+    lines = [line, *([f"Host: {host}"] if host is not None else []), *headers]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+def post(body: bytes, *headers: str, line: str = "POST /api/messages HTTP/1.1") -> bytes:
+    return raw(line, f"Content-Length: {len(body)}", *headers, body=body)
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings(server_id="door-1", connection_pool_size=50)
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Log:
+    log = Log()
+    monkeypatch.setattr(front_module, "log", log)
+    return log
+
+
+@pytest.fixture
+async def door(settings: Settings, log: Log) -> AsyncIterator[Door]:
+    door = Door(settings, log)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(door.serve)
+        yield door
+        # Nothing leaks: what was handed on is closed by its owner, the rest by the front door.
+        for link in door.fakes.links:
+            link.close()
+        door.front.draining = True
+        door.front.stop_accepting()
+        with trio.fail_after(HEAD_SECONDS + 5):
+            await door.ended.wait()
+        assert door.listener.open_wires == []
+        assert door.front.handshakes == 0
+
+
+# Where requests go.
+
+
+def test_routes() -> None:
+    def of(line: str, *headers: str) -> tuple[Kind, str | None]:
+        to = route(parse_head(raw(line, *headers)))
+        return to.kind, to.player
+
+    assert of("GET /ws/alice?position=1-2 HTTP/1.1", *UPGRADE) == (Kind.WEBSOCKET, "alice")
+    assert of("GET /sse/a%2Db HTTP/1.1") == (Kind.SSE, "a-b")
+    assert of("POST /api/messages HTTP/1.1") == (Kind.POST, None)
+    assert of("POST /api/connections/alice/commands HTTP/1.1") == (Kind.POST, None)
+    assert of("POST /api/connections/alice/ack HTTP/1.1") == (Kind.POST, None)
+    for line in (
+        "GET / HTTP/1.1",
+        "GET /api/messages HTTP/1.1",
+        "POST /api/messages/ HTTP/1.1",
+        "POST /api/connections/a/b/ack HTTP/1.1",
+        "POST /api/connections/alice/session HTTP/1.1",
+        "GET /ws HTTP/1.1",
+        "GET /ws/ HTTP/1.1",
+        "POST /sse HTTP/1.1",
+        "DELETE /api/connections/alice HTTP/1.1",
+        "BREW /coffee HTTP/1.1",
+    ):
+        assert of(line) == (Kind.APP, None), line
+
+
+async def test_streams_are_handed_on(door: Door) -> None:
+    for data, asked in (
+        (raw("GET /sse/alice HTTP/1.1"), ("sse", "alice")),
+        (raw("GET /sse/alice HTTP/1.0"), ("sse", "alice")),
+        (raw("GET /ws/bob HTTP/1.1", *UPGRADE), ("websocket", "bob")),
+    ):
+        stream = door.connect(data + b"early bytes")
+        assert await stream.receive_some() == b"yours now"
+        assert door.fakes.asked[-1] == asked
+        link = door.fakes.links[-1]
+        assert link.ended is None
+        assert await link.receive_some() == b"early bytes"
+
+
+async def test_the_app_gets_the_rest(door: Door) -> None:
+    data = raw("GET /health?x=1 HTTP/1.1", "X-Odd: caf\xe9")
+    (answer,) = await door.ask(data)
+    assert answer.body == b"app"
+    assert door.fakes.heads == [data]
+
+
+async def test_the_app_gets_absolute_targets_as_paths(door: Door) -> None:
+    await door.ask(raw("GET http://localhost/health?x=1 HTTP/1.1"))
+    assert door.fakes.heads == [raw("GET /health?x=1 HTTP/1.1")]
+
+
+async def test_posts_keep_the_connection(door: Door) -> None:
+    stream = door.connect()
+    for number in range(3):
+        await stream.send_all(post(b"x" * number))
+        (answer,) = parse(await stream.receive_until(str(number).encode()), b"POST")
+        assert answer.status == 202
+        assert "connection" not in answer.headers
+    assert door.fakes.bodies == [b"", b"x", b"xx"]
+    await stream.aclose()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        post(b"body", "Connection: close"),
+        post(b"body", line="POST /api/messages HTTP/1.0"),
+        raw("POST /api/messages HTTP/1.0", "Content-Length: 4", "Connection: keep-alive", body=b"body"),
+    ],
+    ids=["close", "HTTP/1.0", "HTTP/1.0 keep-alive"],
+)
+async def test_posts_that_are_the_last(door: Door, data: bytes) -> None:
+    (answer,) = await door.ask(data + post(b"dropped"))
+    assert (answer.status, answer.headers["connection"]) == (202, "close")
+    assert door.fakes.bodies == [b"body"]
+
+
+async def test_a_handler_may_close_after_its_answer(door: Door) -> None:
+    door.fakes.keep = False
+    (answer,) = await door.ask(post(b"one") + post(b"two"))
+    assert answer.body == b"3"
+
+
+async def test_pipelined_requests_are_answered_in_order(door: Door) -> None:
+    chunked = raw("POST /api/messages HTTP/1.1", "Transfer-Encoding: chunked", body=b"2\r\nab\r\n0\r\n\r\n")
+    data = post(b"x") + chunked + post(b"xyz") + raw("GET /health HTTP/1.1") + post(b"never seen")
+    answers = await door.ask(data)
+    assert [answer.body for answer in answers] == [b"1", b"2", b"3", b"app"]
+    assert [kind for kind, _ in door.fakes.asked] == ["post", "post", "post", "app"]
+
+
+async def test_expect_100(door: Door) -> None:
+    stream = door.connect(raw("POST /api/messages HTTP/1.1", "Content-Length: 2", "Expect: 100-continue"))
+    assert await stream.receive_some() == b"HTTP/1.1 100 Continue\r\n\r\n"
+    await stream.send_all(b"ok")
+    assert b" 202 " in await stream.receive_some()
+    await stream.aclose()
+
+
+async def test_questions_about_requests_to_come(log: Log, nursery: trio.Nursery) -> None:
+    door = Door(Settings(server_id="door-1", cors_origins=("https://play.example.org",), secret_key="x" * 32), log)
+    nursery.start_soon(door.serve)
+    headers = ("Origin: https://play.example.org", "Access-Control-Request-Method: POST")
+    for path in ("/api/messages", "/sse/alice", "/health"):
+        preflight = raw(f"OPTIONS {path} HTTP/1.1", *headers)
+        (answer, last) = await door.ask(preflight + raw("OPTIONS * HTTP/1.1", "Connection: close"))
+        assert answer.status == 204
+        assert answer.headers["access-control-allow-origin"] == "https://play.example.org"
+        assert "connection" not in answer.headers
+        assert last.status == 204
+        assert "DELETE" in last.headers["allow"]
+        assert last.headers["connection"] == "close"
+    assert door.fakes.asked == []
+
+
+async def test_errors_to_admitted_origins_can_be_read_by_their_pages(log: Log, nursery: trio.Nursery) -> None:
+    door = Door(Settings(server_id="door-1", cors_origins=("https://play.example.org",), secret_key="x" * 32), log)
+    nursery.start_soon(door.serve)
+    answer = await door.refused(raw("DELETE /sse/alice HTTP/1.1", "Origin: https://play.example.org"))
+    assert answer.headers["access-control-allow-origin"] == "https://play.example.org"
+
+
+# What is refused.
+
+
+def without(name: str) -> list[str]:
+    return [header for header in UPGRADE if not header.startswith(name)]
+
+
+WS = "GET /ws/alice HTTP/1.1"
+MESSAGES = "POST /api/messages HTTP/1.1"
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "headers"),
+    [
+        (raw("POST /ws/alice HTTP/1.1", *UPGRADE), 405, {"allow": "GET"}),
+        (raw("POST /sse/alice HTTP/1.1", "Content-Length: 0"), 405, {"allow": "GET"}),
+        (raw("HEAD /sse/alice HTTP/1.1"), 405, {"allow": "GET"}),
+        (raw("CONNECT /health HTTP/1.1"), 405, {}),
+        (raw("CONNECT localhost:80 HTTP/1.1"), 400, {}),
+        (raw(WS), 426, {"upgrade": "websocket"}),
+        (raw(WS, *without("Upgrade"), "Upgrade: h2c"), 426, {"upgrade": "websocket"}),
+        (raw(WS, *without("Connection")), 426, {"upgrade": "websocket"}),
+        (raw(WS, *without("Sec-WebSocket-Version")), 426, {"sec-websocket-version": "13"}),
+        (raw(WS, *without("Sec-WebSocket-Version"), "Sec-WebSocket-Version: 8"), 426, {"sec-websocket-version": "13"}),
+        (raw(WS, *without("Sec-WebSocket-Key")), 400, {}),
+        (raw(WS, *without("Sec-WebSocket-Key"), "Sec-WebSocket-Key: short"), 400, {}),
+        (raw(WS, *without("Sec-WebSocket-Key"), "Sec-WebSocket-Key: caf\xe9" + "A" * 20), 400, {}),
+        (raw(WS, *UPGRADE, f"Sec-WebSocket-Key: {KEY}"), 400, {}),
+        (raw("GET /ws/alice HTTP/1.0", *UPGRADE), 400, {}),
+        (raw(WS, *UPGRADE, "Content-Length: 3", body=b"abc"), 400, {}),
+        (raw("GET /sse/alice HTTP/1.1", "Content-Length: 3", body=b"abc"), 400, {}),
+        (raw("GET /sse/alice HTTP/1.1", *UPGRADE), 400, {}),
+        (raw("GET /health HTTP/1.1", "Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings"), 400, {}),
+        (raw("GET /health HTTP/1.1", *UPGRADE), 400, {}),
+        (raw(MESSAGES, "Upgrade: websocket", "Content-Length: 0"), 400, {}),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, {}),
+        (raw("GET /ws/stats HTTP/1.1", *UPGRADE), 422, {}),
+        (raw("GET /ws/.. HTTP/1.1", *UPGRADE), 422, {}),
+        (raw("GET /sse/al%20ice HTTP/1.1"), 422, {}),
+        (raw("GET /sse/alice/more HTTP/1.1"), 422, {}),
+        (raw("GET /sse/caf%C3%A9 HTTP/1.1"), 422, {}),
+        (raw("GET /sse/" + "x" * 65 + " HTTP/1.1"), 422, {}),
+        (raw("GET /sse/%00 HTTP/1.1"), 400, {}),
+        (raw("GET /sse/%zz HTTP/1.1"), 400, {}),
+        (raw("GET /sse/\xe9 HTTP/1.1"), 400, {}),
+        (raw("GET /health HTTP/1.1", host=None), 400, {}),
+        (raw("GET http://elsewhere/ HTTP/1.1"), 400, {}),
+        (raw("GET /health HTTP/3.0"), 505, {}),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400, {}),
+        (b"hello there\r\n\r\n", 400, {}),
+        (b"GET /" + b"x" * 20000, 414, {}),
+        (raw("GET / HTTP/1.1", *(f"X-{n}: {'y' * 200}" for n in range(99))), 431, {}),
+        (raw("GET / HTTP/1.1", *(f"X-{n}: y" for n in range(200))), 431, {}),
+        (raw("POST /api/connections/a/session HTTP/1.1", "Content-Length: 9999999"), 413, {}),
+        (raw(MESSAGES, "Content-Length: 5", "Content-Length: 6", body=b"123456"), 400, {}),
+        (raw(MESSAGES, "Content-Length: 5", "Transfer-Encoding: chunked", body=b"0\r\n\r\n"), 400, {}),
+        (raw(MESSAGES, "Transfer-Encoding: gzip, chunked", body=b"0\r\n\r\n"), 501, {}),
+        (raw("GET /health HTTP/1.1", host="evil.example.org"), 403, {}),
+        (raw("GET /health HTTP/1.1", "Origin: https://evil.example.org"), 403, {}),
+        (raw("GET /health HTTP/1.1", "X-Forwarded-For: 1.2.3.4"), 403, {}),
+        (raw(WS, *UPGRADE, "Origin: https://evil.example.org"), 403, {}),
+    ],
+)
+async def test_refusals(door: Door, data: bytes, status: int, headers: dict[str, str]) -> None:
+    answer = await door.refused(data)
+    assert answer.status == status
+    assert headers.items() <= answer.headers.items()
+    assert len(door.fakes.errors) == 1
+    assert door.log.lines == [("info", "Request refused")]
+
+
+async def test_strangers_are_told_why(door: Door) -> None:
+    answer = await door.refused(raw("GET /health HTTP/1.1"), peer="10.1.2.3")
+    assert answer.status == 403
+    assert "protected mode" in json.loads(answer.body)["message"]
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (raw(MESSAGES), 411),
+        (raw(MESSAGES, "Content-Length: 100001"), 413),
+        (raw(MESSAGES, "Content-Length: 1", "Expect: the impossible"), 417),
+        (raw(MESSAGES, "Transfer-Encoding: chunked", body=b"no\r\n"), 400),
+    ],
+)
+async def test_a_refusal_that_a_post_handler_raises_is_answered(door: Door, data: bytes, status: int) -> None:
+    (answer,) = await door.ask(data)
+    assert answer.status == status
+    assert answer.headers["connection"] == "close"
+    assert json.loads(answer.body)["error_type"] == "validation_error"
+
+
+async def test_a_refusal_says_when_to_come_back(door: Door) -> None:
+    async def refuse(link: Link) -> None:
+        raise busy("full", retry_ms=2500)
+
+    door.fakes.crash = refuse
+    (answer,) = await door.ask(post(b""))
+    assert (answer.status, answer.headers["retry-after"]) == (503, "3")
+
+
+async def test_a_refusal_after_good_requests_is_in_its_place(door: Door) -> None:
+    answers = await door.ask(post(b"x") + raw("GET / HTTP/9.9") + post(b"never"))
+    assert [answer.status for answer in answers] == [202, 505]
+
+
+# Slow and bad clients.
+
+
+async def test_a_head_byte_by_byte(door: Door, autojump_clock: MockClock) -> None:
+    stream = door.connect()
+    for byte in raw("GET /health HTTP/1.1"):
+        await stream.send_all(bytes([byte]))
+        await trio.sleep(0.1)
+    assert b"app" in await stream.receive_all()
+    await stream.aclose()
+
+
+async def test_a_head_that_is_too_slow_is_408(door: Door, autojump_clock: MockClock) -> None:
+    stream = door.connect()
+    began = trio.current_time()
+
+    async def trickle() -> None:
+        while True:
+            await stream.send_all(b"G")
+            await trio.sleep(1)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trickle)
+        data = await stream.receive_until(b"\r\n\r\n")
+        nursery.cancel_scope.cancel()
+    assert data.startswith(b"HTTP/1.1 408 ")
+    assert trio.current_time() - began == pytest.approx(HEAD_SECONDS)
+    await stream.aclose()
+
+
+async def test_a_head_that_never_ends_is_431_and_no_more_is_read(door: Door) -> None:
+    stream = door.connect(b"GET / HTTP/1.1\r\n")
+
+    async def flood() -> None:
+        with pytest.raises(trio.BrokenResourceError):
+            await stream.send_all(b"X: y\r\n" * 1_000_000)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(flood)
+        assert (await stream.receive_until(b"\r\n\r\n")).startswith(b"HTTP/1.1 431 ")
+
+
+async def test_a_client_that_says_nothing_is_closed_silently(door: Door, autojump_clock: MockClock) -> None:
+    stream = door.connect()
+    began = trio.current_time()
+    assert await stream.receive_all() == b""
+    assert trio.current_time() - began == pytest.approx(HEAD_SECONDS, abs=0.01)
+    assert door.fakes.errors == []
+    await stream.aclose()
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HT"])
+async def test_a_client_that_leaves_at_once_is_no_trouble(door: Door, sent: bytes) -> None:
+    await door.connect(sent).aclose()
+    stream = door.connect(sent)
+    stream.wire.reset()
+    await trio.testing.wait_all_tasks_blocked()
+    assert door.listener.open_wires == []
+    assert door.log.count("Request crashed") == 0
+
+
+async def test_an_idle_connection_is_closed_after_its_time(door: Door, autojump_clock: MockClock) -> None:
+    stream = door.connect(post(b"x"))
+    await stream.receive_until(b"1")
+    began = trio.current_time()
+    assert await stream.receive_all() == b""
+    assert trio.current_time() - began == pytest.approx(IDLE_SECONDS, abs=0.01)
+    await stream.aclose()
+
+
+async def test_an_error_can_be_read_by_a_client_that_is_still_sending(door: Door) -> None:
+    """What it sends is read and dropped for a while: a reset would take the answer away."""
+    stream = door.connect(raw(MESSAGES, "Content-Length: 999999999") + bytes(50_000))
+    await stream.wire.wait_readable()
+    await stream.send_all(bytes(20_000))
+    await trio.testing.wait_all_tasks_blocked()
+    assert (await stream.receive_all()).startswith(b"HTTP/1.1 413 ")
+    await stream.aclose()
+
+
+async def test_a_client_that_never_reads_its_answers_is_reset(door: Door, autojump_clock: MockClock) -> None:
+    stream = door.connect()
+    requests = post(b"x") * 20_000
+
+    async def send() -> None:
+        with pytest.raises(trio.BrokenResourceError):
+            await stream.send_all(requests)
+
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+    assert 10 <= trio.current_time() - began < 12
+    assert door.listener.wires[0].was_reset
+
+
+# Crashes.
+
+
+async def crash(link: Link) -> None:
+    raise RuntimeError("a bug")
+
+
+async def crash_in_a_group(link: Link) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(crash, link)
+        nursery.start_soon(trio.sleep_forever)
+
+
+async def crash_after_sending(link: Link) -> None:
+    await link.send_all(b"HTTP/1.1 200 OK\r\n")
+    raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("how", [crash, crash_in_a_group])
+@pytest.mark.parametrize("data", [post(b""), raw("GET /sse/alice HTTP/1.1"), raw("GET /health HTTP/1.1")])
+async def test_a_crash_is_500_and_hurts_nobody_else(
+    door: Door, data: bytes, how: Callable[[Link], Awaitable[None]]
+) -> None:
+    other = door.connect(b"POST /api/mess")
+    door.fakes.crash = how
+    (answer,) = await door.ask(data)
+    assert (answer.status, json.loads(answer.body)["error_type"]) == (500, "system_error")
+    assert door.log.count("Request crashed") == 1
+    door.fakes.crash = None
+    await other.send_all(b"ages HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
+    await other.receive_until(b"202")
+    await other.aclose()
+
+
+async def test_a_crash_in_mid_answer_is_a_reset(door: Door) -> None:
+    door.fakes.crash = crash_after_sending
+    stream = door.connect(post(b""))
+    with pytest.raises(trio.BrokenResourceError):
+        await stream.receive_all()
+    assert door.log.count("Request crashed") == 1
+
+
+async def test_a_client_that_goes_in_mid_answer_is_no_crash(door: Door) -> None:
+    async def broken(link: Link) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.wait_sent)
+            raise trio.BrokenResourceError
+
+    door.fakes.crash = broken
+    stream = door.connect(post(b""))
+    assert await stream.receive_all() == b""
+    assert door.log.lines == []
+    await stream.aclose()
+
+
+async def test_a_crash_while_the_server_stops_is_logged(settings: Settings, log: Log) -> None:
+    async def stubborn(link: Link) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise RuntimeError("a bug in tidying up")
+
+    async def in_a_group(link: Link) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stubborn, link)
+            await trio.sleep_forever()
+
+    door = Door(settings, log)
+    door.fakes.crash = in_a_group
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(door.serve)
+        door.connect(post(b""))
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert log.count("Request crashed") == 1
+    assert door.listener.open_wires == []
+
+
+# Many clients, few descriptors.
+
+
+async def test_out_of_descriptors_it_waits_says_so_once_and_recovers(door: Door, autojump_clock: MockClock) -> None:
+    door.listener.fail(errno.EMFILE, times=20)
+    began = trio.current_time()
+    await door.ask(raw("GET /health HTTP/1.1"))
+    assert trio.current_time() - began == pytest.approx(2.0)
+    assert door.log.count("Cannot accept connections") == 1
+    await trio.sleep(10)
+    await door.ask(raw("GET /health HTTP/1.1"))
+    assert door.log.count("Accepting connections again") == 1
+    door.listener.fail(errno.ENFILE)
+    await door.ask(raw("GET /health HTTP/1.1"))
+    assert door.log.count("Cannot accept connections") == 2
+
+
+async def test_handshakes_are_bounded_and_the_oldest_makes_room(door: Door, autojump_clock: MockClock) -> None:
+    silent = [door.connect(b"GET / HT") for _ in range(60)]
+    await trio.testing.wait_all_tasks_blocked()
+    assert door.front.handshakes == 50
+    assert door.listener.waiting == 9  # the front door has one in its hand
+    began = trio.current_time()
+    await door.ask(raw("GET /health HTTP/1.1"))
+    assert trio.current_time() - began == pytest.approx(YIELD_AFTER)
+    assert door.log.count("Too many handshakes under way") == 1
+    gone = [stream.wire.in_error() for stream in silent]
+    assert gone == [True] * 11 + [False] * 49
+    for stream in silent:
+        stream.wire.close()
+
+
+async def test_requests_under_way_are_not_handshakes(door: Door, autojump_clock: MockClock) -> None:
+    slow = [door.connect(raw(MESSAGES, "Content-Length: 5")) for _ in range(60)]
+    await trio.testing.wait_all_tasks_blocked()
+    assert (door.front.handshakes, door.listener.waiting) == (0, 0)
+    for stream in slow:
+        stream.wire.close()
+
+
+async def test_a_full_door_opens_when_a_handshake_is_done(door: Door, autojump_clock: MockClock) -> None:
+    silent = [door.connect(b"GET /health HTTP/1.1\r\nHost: localhost\r\n") for _ in range(50)]
+    await trio.testing.wait_all_tasks_blocked()
+    waiting = door.connect(raw("GET /health HTTP/1.1"))
+    await trio.testing.wait_all_tasks_blocked()
+    assert waiting.wire.unread() == 0
+    began = trio.current_time()
+    await silent[30].send_all(b"\r\n")
+    assert b"app" in await waiting.receive_until(b"app")
+    assert trio.current_time() == began
+    for stream in [*silent, waiting]:
+        stream.wire.close()
+
+
+# Stopping.
+
+
+async def test_stop_accepting_lets_requests_finish(door: Door) -> None:
+    stream = door.connect(raw(MESSAGES, "Content-Length: 4"))
+    await trio.testing.wait_all_tasks_blocked()
+    door.front.stop_accepting()
+    with pytest.raises(ConnectionRefusedError):
+        door.listener.connect()
+    await stream.send_all(b"body")
+    await stream.receive_until(b"202")
+    await stream.aclose()
+
+
+async def test_draining_closes_idle_connections_and_keeps_none(door: Door) -> None:
+    idle = door.connect(post(b"x"))
+    await idle.receive_until(b"1")
+    begun = door.connect(post(b"x"))
+    await begun.receive_until(b"1")
+    await begun.send_all(b"POST /api/messages HTTP/1.1\r\n")
+    await trio.testing.wait_all_tasks_blocked()
+    door.front.draining = True
+    assert await idle.receive_all() == b""
+    await begun.send_all(b"Host: localhost\r\nContent-Length: 2\r\n\r\nxx")
+    (answer,) = parse(await begun.receive_all(), b"POST")
+    assert answer.body == b"2"
+    (answer,) = await door.ask(post(b"xyz") + post(b"not kept"))
+    assert answer.body == b"3"
+    for stream in (idle, begun):
+        await stream.aclose()
+
+
+async def test_cancelled_it_closes_everything_at_once(settings: Settings, log: Log) -> None:
+    door = Door(settings, log)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(door.serve)
+        for data in (b"", b"GET", post(b"x"), raw(MESSAGES, "Content-Length: 5")):
+            door.connect(data)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert len(door.listener.wires) == 4
+    assert door.listener.open_wires == []
+    assert door.listener.closed
