@@ -527,6 +527,11 @@ async def test_page_for_people(api: Api) -> None:
     assert "default-src 'none'" in answer.headers["content-security-policy"]
 
 
+async def test_page_says_whether_a_token_is_needed(api: Api, guarded: Api) -> None:
+    assert b"token issue" not in (await api.get("/")).body
+    assert b"token issue" in (await guarded.get("/")).body
+
+
 async def test_page_cannot_be_made_to_say_something_else(api: Api) -> None:
     page = (await api.get("/", headers={"Host": "<script>alert(1)</script>"})).body
     assert b"<script" not in page

@@ -387,8 +387,9 @@ class _Api:
     # The page for people.
 
     async def index(self) -> Response:
+        page = _PAGE.replace("HOST", escape(request.host)).replace("NOTE", "" if self.settings.protected else _TOKENS)
         return Response(
-            _PAGE.replace("HOST", escape(request.host)),
+            page,
             content_type="text/html; charset=utf-8",
             headers={
                 "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
@@ -439,6 +440,10 @@ def _health_code(status: Status) -> int:
     return 503 if status is Status.UNHEALTHY else 200
 
 
+_TOKENS: Final = """
+It asks for tokens: add <code>?token=TOKEN</code> to each address, with one that
+<code>mythos-trio token issue</code> has made on the server."""
+
 _PAGE: Final = """<!doctype html>
 <html lang="en">
 <head>
@@ -453,7 +458,7 @@ pre { background: #f3f3f3; color: #111; padding: .8em; overflow-x: auto; }
 <body>
 <h1>mythos-trio</h1>
 <p>A real-time connection server: WebSocket and SSE carry one numbered, stored stream per player.
-This server runs. To play in it, open two terminals.</p>
+This server runs. To play in it, open two terminals.NOTE</p>
 <h2>Listen</h2>
 <pre>curl -N http://HOST/sse/alice</pre>
 <h2>Play</h2>
