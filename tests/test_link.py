@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator, Callable
 
 import pytest
@@ -10,6 +11,7 @@ from trio.testing import MockClock
 from mythos_trio.core.errors import BINARY, NO_PONG, REMOVED, REPLACED, SLOW, TOO_BIG, Close
 from mythos_trio.core.frames import FrameScanner
 from mythos_trio.link import ABANDONED, CLOSED, LOST, Link
+from mythos_trio.net import open_listeners
 from tests.support.memory_net import KERNEL, MemoryStream, MemoryWire, wire_pair
 
 BIG = bytes(range(256)) * 2048  # 512 KiB: more than both kernels hold
@@ -502,3 +504,27 @@ async def test_the_socket_has_its_addresses(nursery: trio.Nursery) -> None:
     assert link.socket.family.name == "AF_INET6"
     assert isinstance(wire, MemoryWire)
     link.close()
+
+
+def drain(client: socket.socket) -> None:
+    while client.recv(65536):
+        pass
+
+
+async def test_on_a_real_socket_a_client_that_never_reads_is_reset(nursery: trio.Nursery) -> None:
+    (listener,) = open_listeners("127.0.0.1", 0)
+    client = socket.create_connection(listener.address)
+    link = Link(await listener.accept(), write_timeout=0.1, start=nursery.start_soon)
+    listener.close()
+    sent = 0
+    while link.try_send(bytes(100_000)):
+        sent += 100_000
+    assert link.unsent
+    with trio.fail_after(5):
+        await link.wait_ended()
+    assert link.ended == SLOW
+    client.settimeout(5)
+    with pytest.raises(ConnectionResetError):
+        drain(client)
+    client.close()
+    assert sent < 8 * 1024 * 1024

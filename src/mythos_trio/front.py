@@ -130,7 +130,7 @@ def check_upgrade(head: Head) -> None:
         raise HttpRefusal(400, "a WebSocket needs HTTP/1.1")
     upgrade = (head.header("upgrade") or "").lower()
     if upgrade != "websocket" or "upgrade" not in head.tokens("connection"):
-        headers = (("Upgrade", "websocket"), ("Connection", "Upgrade"))
+        headers = (("Upgrade", "websocket"), ("Connection", "Upgrade, close"))
         raise HttpRefusal(426, "this is a WebSocket: connect with ws://, or use /sse/{player}", headers=headers)
     if head.header("sec-websocket-version") != "13":
         raise HttpRefusal(426, "WebSocket version 13 is spoken here", headers=(("Sec-WebSocket-Version", "13"),))

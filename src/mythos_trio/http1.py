@@ -333,9 +333,10 @@ def response(
     ]
     if status != 204:
         lines += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}"]
-    if not keep_alive:
+    others = [f"{name}: {value}" for name, value in headers]
+    if not keep_alive and not any(line.startswith("Connection: ") for line in others):
         lines.append("Connection: close")
-    lines += [f"{name}: {value}" for name, value in headers]
+    lines += others
     if any("\r" in line or "\n" in line for line in lines):
         raise ValueError("a header with a line break")
     head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
