@@ -194,8 +194,8 @@ async def test_unknown_path(api: Api) -> None:
 )
 async def test_wrong_method(api: Api, method: str, path: str, allow: str) -> None:
     answer = await api.ask(method, path)
-    assert_error(answer, 405, "validation_error", method)
-    assert set(answer.headers["allow"].split(", ")) == set(allow.split(", "))
+    assert assert_error(answer, 405, "validation_error", method)["details"]["allowed"] == allow.split(", ")
+    assert answer.headers["allow"] == allow
 
 
 async def test_head_of_a_stream_is_no_stream(api: Api) -> None:

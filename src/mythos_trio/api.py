@@ -224,7 +224,8 @@ class _Api:
         error_type = ErrorType.CONNECTION if status == 408 else ErrorType.VALIDATION
         message = f"{HTTPStatus(status).phrase}: {request.method} {request.path}"
         if isinstance(error, MethodNotAllowed):
-            headers["Allow"] = details["allowed"] = _allowed(error)
+            headers["Allow"] = _allowed(error)
+            details["allowed"] = headers["Allow"].split(", ")
             message = f"{request.path} does not take {request.method}; it takes {headers['Allow']}"
         elif status == 404:
             message = f"there is nothing at {request.path}"

@@ -68,7 +68,8 @@ class Machine:
 
     def disk(self, path: Path) -> Disk:
         """The volume on which *path* is, or will be."""
-        there = next((place for place in (path, *path.absolute().parents) if place.exists()), Path("/"))
+        path = path.absolute()
+        there = next((place for place in (path, *path.parents) if place.exists()), Path("/"))
         usage = psutil.disk_usage(os.fspath(there))
         return Disk(os.fspath(there), usage.free, usage.total)
 
