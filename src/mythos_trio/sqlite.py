@@ -1123,6 +1123,10 @@ class SqliteDatabase:
         finally:
             self._let_go()
 
+    def abandon(self) -> None:
+        """Let go of the store without closing it in order: the next start recovers, as after ``kill -9``."""
+        self._let_go()
+
     def _let_go(self) -> None:
         readers, self._readers = self._readers, None
         if readers is not None:
