@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
-import psutil
 import trio
 
 from mythos_trio import logs
 from mythos_trio.core.errors import BAD_TOKEN, NO_PONG, ErrorType
 from mythos_trio.core.health import Verdict
+from mythos_trio.core.verdicts import HIGH_MEMORY_PERCENT
 from mythos_trio.dispatcher import Failure
+from mythos_trio.machine import Machine
 from mythos_trio.storage import Bounds, StoreError
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ NOTE_SECONDS: Final = 0.5
 PROBE_SECONDS: Final = 5.0
 MEMORY_SECONDS: Final = 10.0
 LAG_SECONDS: Final = 0.1
-MEMORY_HIGH_PERCENT: Final = 85.0
 EXPIRE_AT_ONCE: Final = 200
 
 
@@ -45,7 +45,6 @@ class Checker:
         self._failures = failures
         self.last_round = trio.current_time()
         """`trio.current_time` of the newest round."""
-        self.memory_percent = 0.0
         self._told_unhealthy: dict[str, tuple[str, ...]] = {}
         self._memory_was_high = False
 
@@ -217,12 +216,12 @@ class Checker:
                 )
 
     async def watch_memory(self) -> None:
-        process = psutil.Process()
+        machine = Machine()
         while True:
-            self.memory_percent = psutil.virtual_memory().percent
-            high = self.memory_percent > MEMORY_HIGH_PERCENT
+            memory = machine.memory()
+            high = memory.percent > HIGH_MEMORY_PERCENT
             if high and not self._memory_was_high:
-                memory_log.warning("High memory usage", percent=self.memory_percent, rss=process.memory_info().rss)
+                memory_log.warning("High memory usage", percent=memory.percent, rss=memory.rss_bytes)
             self._memory_was_high = high
             await trio.sleep(MEMORY_SECONDS)
 

@@ -168,6 +168,7 @@ class Server:
             nursery.start_soon(self.dispatcher.dispatch_forever, name="dispatcher")
             await nursery.start(self.registrar.run, name="registrar")
             await nursery.start(self.streams.run, name="streams")
+            nursery.start_soon(monitor.watch, name="monitor")
             for loop in self.checker.loops():
                 nursery.start_soon(loop, name=f"health checker: {loop.__name__}")
             await nursery.start(bridge.run, name="bridge")
