@@ -521,6 +521,15 @@ async def test_an_error_can_be_read_by_a_client_that_is_still_sending(door: Door
     await stream.aclose()
 
 
+async def test_the_last_answer_can_be_read_by_a_client_that_sends_on(door: Door) -> None:
+    stream = door.connect(post(b"x", "Connection: close"))
+    await stream.wire.wait_readable()
+    await stream.send_all(post(b"too late"))
+    await trio.testing.wait_all_tasks_blocked()
+    assert (await stream.receive_all()).startswith(b"HTTP/1.1 202 ")
+    await stream.aclose()
+
+
 async def test_a_client_that_never_reads_its_answers_is_reset(door: Door, autojump_clock: MockClock) -> None:
     stream = door.connect()
     requests = post(b"x") * 20_000
@@ -704,10 +713,11 @@ async def test_cancelled_it_closes_everything_at_once(settings: Settings, log: L
     door = Door(settings, log)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(door.serve)
-        for data in (b"", b"GET", post(b"x"), raw(MESSAGES, "Content-Length: 5")):
+        for data in (b"", b"GET", post(b"x"), raw(MESSAGES, "Content-Length: 5"), *[b"G"] * 60):
             door.connect(data)
         await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
-    assert len(door.listener.wires) == 4
+    # Two have been admitted for good, fifty are handshakes, one was accepted and waits for room.
+    assert len(door.listener.wires) == 2 + 50 + 1
     assert door.listener.open_wires == []
     assert door.listener.closed
