@@ -192,7 +192,9 @@ class Bridge:
                     task_status.started()
                     await trio.sleep_forever()
             except BaseException:
-                await _stop(lifespan)
+                with trio.move_on_after(LIFESPAN_SECONDS, shield=True):
+                    if not lifespan.shutdown.is_set():
+                        await lifespan.wait_for_shutdown()
                 alive.cancel()
                 raise
 
@@ -211,12 +213,6 @@ class Bridge:
             await link.linger()
         finally:
             link.close()
-
-
-async def _stop(lifespan: Lifespan) -> None:
-    with trio.move_on_after(LIFESPAN_SECONDS, shield=True):
-        if not lifespan.shutdown.is_set():
-            await lifespan.wait_for_shutdown()
 
 
 async def _break_when_cancelled(link: Link, stream: _Stream) -> None:
