@@ -48,7 +48,7 @@ def fill(wire: Wire) -> int:
 async def eventually(condition: Callable[[], bool]) -> None:
     """Loopback is fast, but the kernel needs a moment."""
     with trio.fail_after(5):
-        while not condition():  # noqa: ASYNC110 - the kernel has no event for it
+        while not condition():
             await trio.sleep(0.001)
 
 
