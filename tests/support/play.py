@@ -76,6 +76,43 @@ class Client:
     async def until_type(self, type_: str) -> dict[str, Any]:
         return await self.until(lambda message: message.get("type") == type_)
 
+    async def hear(self, seconds: float = 1.0) -> list[dict[str, Any]]:
+        """What comes until nothing has come for *seconds*, or the end."""
+        heard: list[dict[str, Any]] = []
+        while not self.over:
+            with trio.move_on_after(seconds) as silence:
+                heard.append(await self.next())
+            if silence.cancelled_caught:
+                break
+        return [message for message in heard if message["type"] != "closed"]
+
+    async def until_over(self) -> dict[str, Any] | None:
+        """Read to the end; the ``disconnect`` that came before it, if there was one."""
+        with trio.fail_after(600):
+            while not self.over:
+                await self.next()
+        said = self.of("disconnect")
+        return said[-1] if said else None
+
+    @property
+    def over(self) -> bool:
+        return self.eof or self.closed is not None
+
+    @property
+    def lines(self) -> list[Any]:
+        """The contents of the numbered messages, in the order in which they came."""
+        return [message["content"] for message in self.numbered]
+
+    @property
+    def position(self) -> str:
+        """Where this client has come to, as its next connection would name it."""
+        for message in reversed(self.received):
+            if "position" in message and message["type"] in ("welcome", "heartbeat", "gap"):
+                return str(message["position"])
+            if "seq" in message:
+                return f"{self.received[0]['epoch']}-{message['seq']}"
+        raise AssertionError("it has heard nothing yet")
+
 
 class WebSocketClient(Client):
     def __init__(self, wire: MemoryWire) -> None:
@@ -116,6 +153,15 @@ class WebSocketClient(Client):
     async def say(self, message: object) -> None:
         text = message if isinstance(message, str) else json.dumps(message)
         await self.send_all(self.protocol.send(TextMessage(data=text)))
+
+    async def command(self, content: object, id_: str | None = None) -> dict[str, Any]:
+        """Give a command and wait for its reply."""
+        await self.give(content, id_)
+        return await self.until(lambda m: m["type"] == "reply" and id_ in (None, m["id"]))
+
+    async def give(self, content: object, id_: str | None = None) -> None:
+        """Give a command."""
+        await self.say({"type": "command", "content": content} | ({} if id_ is None else {"id": id_}))
 
     async def next(self) -> dict[str, Any]:
         """The next JSON message; ``{"type": "closed"}`` at the end."""
@@ -229,7 +275,11 @@ async def play(
     hook: Any = None,
     **settings: Any,
 ) -> AsyncIterator[World]:
-    """Run a server in this task's time. *crash*: leave as ``kill -9`` does, without a drain."""
+    """Run a server in this task's time. *crash*: leave as ``kill -9`` does, without a drain.
+
+    After the scene nothing may be left of connections that are over, and after the server's end
+    nothing at all.
+    """
     database = SqliteDatabase(path)
     server = Server(
         Settings(port=0, server_id="test", **settings),
@@ -240,6 +290,7 @@ async def play(
         randomness=SeededRandomness(seed),
     )
     listener = MemoryListener()
+    tasks_before = count_tasks()
     try:
         async with trio.open_nursery() as nursery:
 
@@ -249,8 +300,58 @@ async def play(
             await nursery.start(serve)
             yield World(server, listener)
             if crash:
+                # The kernel closes what a killed process had open; nobody says a last word.
+                for wire in listener.open_wires:
+                    wire.close()
                 nursery.cancel_scope.cancel()
             else:
+                await nothing_over_is_left(server, listener)
                 server.stop()
     finally:
         database.abandon()
+    assert listener.open_wires == []
+    assert server.hub.connections == {}
+    assert server.hub.stuck == []
+    assert count_tasks() == tasks_before
+
+
+def count_tasks() -> int:
+    """All tasks of this Trio run but the system's own."""
+    main = trio.lowlevel.current_root_task()
+    assert main is not None  # a run is going on
+    tasks, count = [main], 0
+    while tasks:
+        count += 1
+        tasks += [child for nursery in tasks.pop().child_nurseries for child in nursery.child_tasks]
+    return count
+
+
+async def nothing_over_is_left(server: Server, listener: MemoryListener) -> None:
+    """Of what is over, a second for last words later, nothing is left: sockets, tasks, subscriptions."""
+    left: list[str] = []
+    for _ in range(60):
+        left = leftovers(server, listener)
+        if not left:
+            return
+        await trio.sleep(0.05)
+    raise AssertionError(f"left behind: {left}")
+
+
+def leftovers(server: Server, listener: MemoryListener) -> list[str]:
+    hub, front, monitor = server.hub, server.front, server.monitor
+    assert front is not None  # the server has been ready
+    assert monitor is not None
+    left = [str(leak) for leak in monitor.leaks()]
+    owned = {connection.link.peer_port for connection in hub.connections.values()}
+    owned |= {link.peer_port for link, _ in front._idle.values()}
+    strangers = [wire for wire in listener.open_wires if wire.peer_port not in owned]
+    if len(strangers) > front.handshakes:
+        left.append(f"sockets: {strangers}")
+    for session in hub.sessions.values():
+        tasks = [] if session.nursery is None else [task.name for task in session.nursery.child_tasks]
+        streams = [name for name in tasks if " of " in name and "handlers" not in name]
+        if len(streams) != len(session.connections):
+            left.append(f"tasks of {session.player_id}: {tasks}")
+    if any(connection.over for connection in hub.connections.values()):
+        left.append("connections that are over")
+    return left
