@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -265,6 +266,10 @@ class World:
         return answer
 
 
+# How often each store has been opened: a server that starts again must not make the same ids again.
+_lives: Counter[Path] = Counter()
+
+
 @asynccontextmanager
 async def play(
     path: Path,
@@ -287,8 +292,9 @@ async def play(
         database=database,
         runner=InlineRunner(hook),
         clock=VirtualClock(),
-        randomness=SeededRandomness(seed),
+        randomness=SeededRandomness(1000 * seed + _lives[path]),
     )
+    _lives[path] += 1
     listener = MemoryListener()
     tasks_before = count_tasks()
     try:
