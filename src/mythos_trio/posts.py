@@ -24,7 +24,7 @@ from mythos_trio.core.transaction import MAX_EFFECTS, Append, Committed, Request
 from mythos_trio.dispatcher import Submission, raise_if_refused
 from mythos_trio.registrar import check_current
 from mythos_trio.seams import rfc3339
-from mythos_trio.streams import Streams, refuse_http
+from mythos_trio.streams import Streams
 
 if TYPE_CHECKING:
     from mythos_trio.access import Access, Visitor
@@ -88,7 +88,7 @@ class Posts:
         except Refusal as refusal:
             # The rest of the body may still come: it must not be taken for a request.
             self._count(refusal, visitor)
-            await refuse_http(
+            await http1.refuse(
                 link,
                 refusal,
                 now=self._context.clock.now(),

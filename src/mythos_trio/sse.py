@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final
 from mythos_trio import http1
 from mythos_trio.core import wire
 from mythos_trio.core.errors import BUSY, RATE, Close, ErrorType, Refusal
-from mythos_trio.streams import refuse_http
 
 if TYPE_CHECKING:
     from mythos_trio.access import Access
@@ -66,7 +65,7 @@ class SSETransport:
         close = refusal.close or _COME_BACK.get(refusal.status)
         if close is None or close.code == 4500:
             headers = self._access.cors_headers(head)
-            await refuse_http(link, refusal, now=self._clock.now(), server_id=self._server_id, headers=headers)
+            await http1.refuse(link, refusal, now=self._clock.now(), server_id=self._server_id, headers=headers)
             return
         if close.reconnect:
             retry_ms = RETRY_MS if refusal.retry_ms is None else refusal.retry_ms

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import trio
 from attrs import define, field, frozen
 
-from mythos_trio import http1, logs
+from mythos_trio import logs
 from mythos_trio.access import TokenError
 from mythos_trio.connection import READ_MESSAGES, Connection
 from mythos_trio.core import names, wire
@@ -558,15 +558,6 @@ class Streams:
             connection.end(BAD_TOKEN)
         else:
             connection.expires_at = claims.expires_at
-
-
-async def refuse_http(
-    link: Link, refusal: Refusal, *, now: float, server_id: str, headers: tuple[tuple[str, str], ...]
-) -> None:
-    """Turn a request down with an HTTP status, and close."""
-    close = Close(1000, refusal.message, refusal.error_type)
-    link.last_words(http1.refused(refusal, now=now, server_id=server_id, headers=headers), close)
-    await link.linger()
 
 
 @frozen

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Final
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_stream
 
+from mythos_trio import http1
 from mythos_trio.core import wire
 from mythos_trio.core.errors import BINARY, Close, ErrorType, Refusal
 from mythos_trio.core.frames import FrameScanner
 from mythos_trio.core.requests import parse_frame
-from mythos_trio.streams import Streams, refuse_http
+from mythos_trio.streams import Streams
 
 if TYPE_CHECKING:
     from mythos_trio.access import Access
@@ -50,6 +51,9 @@ class WebSocketTransport:
     @asynccontextmanager
     async def open(self, link: Link, head: Head) -> AsyncIterator[WebSocketChannel]:
         """Accept the handshake. Inside, trio-websocket's reader runs."""
+        # Before the first byte is handed over: what a client sends right behind its handshake is
+        # looked at too.
+        link.scanner = FrameScanner(self._max_message_size, skip=len(head.raw))
         link.push_back(head.raw)
         async with trio.open_nursery() as nursery:
             with trio.fail_after(HANDSHAKE_SECONDS):
@@ -62,7 +66,6 @@ class WebSocketTransport:
                 connection = await request.accept(
                     subprotocol=chosen, extra_headers=[(b"Server-Id", self._server_id.encode())]
                 )
-            link.scanner = FrameScanner(self._max_message_size)
             yield WebSocketChannel(connection, self._streams)
             nursery.cancel_scope.cancel()
 
@@ -72,7 +75,7 @@ class WebSocketTransport:
         close = refusal.close
         if close is None:
             headers = self._access.cors_headers(head)
-            await refuse_http(link, refusal, now=self._clock.now(), server_id=self._server_id, headers=headers)
+            await http1.refuse(link, refusal, now=self._clock.now(), server_id=self._server_id, headers=headers)
             return
         try:
             with trio.move_on_after(HANDSHAKE_SECONDS):
