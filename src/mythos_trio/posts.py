@@ -171,7 +171,7 @@ class Posts:
             raise invalid('a publication is an object: {"player_id": …, "message": {…}}')
         unknown = entry.keys() - {"player_id", "channel", "broadcast", "message"}
         if unknown:
-            raise invalid(f"unknown field {sorted(unknown)[0]!r}", field=sorted(unknown)[0])
+            raise invalid(f"unknown field {min(unknown)!r}", field=min(unknown))
         target = _target(entry)
         message = check_message(entry.get("message"), self._context.settings.max_message_size)
         id = message.id
@@ -292,4 +292,4 @@ def _target(entry: Mapping[str, Any]) -> str:
 def _check_fields(value: Mapping[str, Any], known: set[str]) -> None:
     unknown = value.keys() - known
     if unknown:
-        raise invalid(f"unknown field {sorted(unknown)[0]!r}", field=sorted(unknown)[0])
+        raise invalid(f"unknown field {min(unknown)!r}", field=min(unknown))

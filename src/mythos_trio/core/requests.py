@@ -102,7 +102,7 @@ def _parse(value: dict[str, Any], id: str | None) -> ClientRequest:
         raise invalid(f'"type" is one of {", ".join(_FIELDS)}', field="type")
     unknown = value.keys() - fields
     if unknown:
-        raise invalid(f"unknown field {sorted(unknown)[0]!r} in a {kind}", field=sorted(unknown)[0])
+        raise invalid(f"unknown field {min(unknown)!r} in a {kind}", field=min(unknown))
     match kind:
         case "command":
             return parse_command(value, id)
