@@ -129,8 +129,7 @@ class Notes:
 class Cleaned:
     """What one slice of clean-up removed; *more* if there is more to do.
 
-    *sessions* are those that expired and those that were forgotten; *ended* names the expired ones,
-    as (player_id, session_id): one that was joined in the same moment is over all the same.
+    *sessions* are those that ended `Bounds.session_seconds` ago.
     """
 
     messages: int = 0
@@ -142,7 +141,6 @@ class Cleaned:
     expired_mail: int = 0
     """Of *messages*, those to a player that the player's session had not seen."""
     more: bool = False
-    ended: tuple[tuple[str, str], ...] = ()
 
 
 @frozen
@@ -179,6 +177,10 @@ class Database(Protocol):
         """
         ...
 
+    def abandon(self) -> None:
+        """Let go of the store without a word, as `kill -9` does. Idempotent."""
+        ...
+
     def commit(self, batch: Sequence[Transaction], now: float) -> list[Outcome]:
         """All of *batch* in one commit, in order, each transaction all or nothing.
 
@@ -211,6 +213,13 @@ class Database(Protocol):
     def find_session(self, player_id: str, session_id: str) -> SessionRow | None: ...
     def last_seen(self, player_id: str) -> int:
         """The mark of the player's newest session, ended or not; 0 if there was none."""
+        ...
+
+    def expired_sessions(self, now: float, bounds: Bounds, limit: int) -> list[tuple[str, str]]:
+        """(player_id, session_id) of sessions that have been offline for `Bounds.message_seconds`.
+
+        Ending them is for who knows whether the player is coming back in this moment.
+        """
         ...
 
     def find_answer(self, player_id: str, session_id: str, command_id: str) -> Answer | None: ...
@@ -426,6 +435,9 @@ class Storage:
 
     async def last_seen(self, player_id: str) -> int:
         return await self._runner.read(self._database.last_seen, player_id)
+
+    async def expired_sessions(self, bounds: Bounds, limit: int) -> list[tuple[str, str]]:
+        return await self._runner.read(self._database.expired_sessions, self._clock.now(), bounds, limit)
 
     async def find_answer(self, player_id: str, session_id: str, command_id: str) -> Answer | None:
         return await self._runner.read(self._database.find_answer, player_id, session_id, command_id)

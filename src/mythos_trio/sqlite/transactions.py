@@ -1,0 +1,257 @@
+"""What a transaction does to the tables."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Sequence
+from typing import Final
+
+from attrs import define, field
+
+from mythos_trio.core.session import State, Told
+from mythos_trio.core.transaction import (
+    Answer,
+    Append,
+    Begin,
+    Committed,
+    Effect,
+    End,
+    Outcome,
+    PresenceMark,
+    Reason,
+    Refused,
+    Request,
+    Subscribe,
+    Transaction,
+    Unsubscribe,
+)
+from mythos_trio.seams import rfc3339
+from mythos_trio.sqlite.tables import close_interval, end_session, find_answer, newest_session, open_interval, posix
+
+NOTHING_TO_REMOVE: Final = "the store has reached MAX_STORE_BYTES, and no message is left that could be removed"
+INSERT_MESSAGE: Final = (
+    "INSERT INTO messages (seq, id, target, body, digest, stored_at) VALUES (?, ?, ?, CAST(? AS TEXT), ?, ?)"
+)
+_MARK: Final = """
+    UPDATE sessions SET
+        state_since = CASE WHEN state = :state OR ended_at IS NOT NULL THEN state_since ELSE :now END,
+        state = CASE WHEN ended_at IS NULL THEN :state ELSE 'ended' END,
+        told = :told, owed = :owed
+    WHERE player_id = :player_id AND session_id = :session_id"""
+
+
+class _Refusing(Exception):
+    """Carries the outcome of a transaction that is to leave no trace."""
+
+    def __init__(self, reason: str, message: str, answer: Answer | None = None) -> None:
+        super().__init__(message)
+        self.outcome = Refused(reason, message, answer)
+
+
+def _is_plain(transaction: Transaction) -> bool:
+    """Whether it does nothing but append."""
+    if transaction.answer is not None or transaction.request is not None or transaction.presence:
+        return False
+    return all(type(effect) is Append for effect in transaction.effects)
+
+
+def _adds(transaction: Transaction) -> bool:
+    """Whether it makes the store larger: ends, leavings and marks may pass when it is full."""
+    if transaction.answer is not None or transaction.request is not None:
+        return True
+    return any(isinstance(effect, (Append, Begin, Subscribe)) for effect in transaction.effects)
+
+
+@define
+class Batch:
+    """Applies transactions inside one SQL transaction. *next* is the next free number; *stored* are
+    (target, bytes) of the new messages, for the counts."""
+
+    db: sqlite3.Connection
+    next: int
+    now: str
+    full: bool
+    stored: list[tuple[str, int]] = field(factory=list)
+
+    def apply(self, batch: Sequence[Transaction]) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        run: list[Transaction] = []
+        for transaction in batch:
+            if _is_plain(transaction):
+                run.append(transaction)
+            else:
+                outcomes += self._run(run)
+                outcomes.append(self._one(transaction))
+                run = []
+        return outcomes + self._run(run)
+
+    def _run(self, run: Sequence[Transaction]) -> list[Outcome]:
+        """Several transactions that only append, in one go; if an id is there already, one by one."""
+        if self.full:
+            return [self._one(transaction) for transaction in run]
+        number = first = self.next
+        rows = []
+        outcomes: list[Outcome] = []
+        for transaction in run:
+            start = number
+            for effect in transaction.effects:
+                assert isinstance(effect, Append)  # for the type checker: see `_is_plain`
+                rows.append((number, effect.id, effect.target, effect.body, effect.digest, self.now))
+                number += 1
+            outcomes.append(Committed(tuple(range(start, number)), number - 1))
+        try:
+            self.db.executemany(INSERT_MESSAGE, rows)
+        except sqlite3.IntegrityError:
+            self.db.execute("DELETE FROM messages WHERE seq >= ?", (first,))
+            return [self._one(transaction) for transaction in run]
+        self.next = number
+        self.stored += [(row[2], len(row[3])) for row in rows]
+        return outcomes
+
+    def _one(self, transaction: Transaction) -> Outcome:
+        number, stored = self.next, len(self.stored)
+        self.db.execute("SAVEPOINT one")
+        try:
+            outcome: Outcome = self._apply(transaction)
+        except _Refusing as refusal:
+            self.db.execute("ROLLBACK TO one")
+            self.next = number
+            del self.stored[stored:]
+            outcome = refusal.outcome
+        self.db.execute("RELEASE one")
+        return outcome
+
+    def _apply(self, transaction: Transaction) -> Committed:
+        if transaction.request is not None:
+            seqs = self._find_request(transaction.request, len(transaction.effects))
+            if seqs is not None:
+                return Committed(seqs, self.next - 1, frozenset(range(len(seqs))))
+        if transaction.answer is not None:
+            self._check_answer(transaction.answer)
+        if self.full and _adds(transaction):
+            raise _Refusing(Reason.FULL, NOTHING_TO_REMOVE)
+        duplicates: set[int] = set()
+        done = tuple(self._do(effect, index, duplicates) for index, effect in enumerate(transaction.effects))
+        if transaction.answer is not None:
+            self._insert_answer(transaction.answer)
+        for mark in transaction.presence:
+            self._mark(mark)
+        if transaction.request is not None:
+            key, digest = transaction.request.key, transaction.request.digest
+            self.db.execute("INSERT INTO requests VALUES (?, ?, ?, ?)", (key, digest, json.dumps(done), self.now))
+        return Committed(done, self.next - 1, frozenset(duplicates))
+
+    def _do(self, effect: Effect, index: int, duplicates: set[int]) -> int:
+        """:returns: the effect's number."""
+        if isinstance(effect, Append):
+            first = self._find_duplicate(effect)
+            if first is not None:
+                duplicates.add(index)
+                return first
+        number, self.next = self.next, self.next + 1
+        match effect:
+            case Append(target, id_, body, digest):
+                self.db.execute(INSERT_MESSAGE, (number, id_, target, body, digest, self.now))
+                self.stored.append((target, len(body)))
+            case Subscribe(player_id, session_id, channel):
+                self._subscribe(player_id, session_id, channel, number)
+            case Unsubscribe(player_id, session_id, channel):
+                start = open_interval(self.db, player_id, session_id, channel)
+                if start is not None:
+                    close_interval(self.db, player_id, session_id, channel, start, number)
+            case Begin():
+                self._begin(effect, number)
+            case End(player_id, session_id, reason):
+                if not end_session(self.db, player_id, session_id, reason, number, self.now):
+                    raise _Refusing(Reason.ENDED, f"{session_id} is not a current session of {player_id}")
+        return number
+
+    def _find_duplicate(self, append: Append) -> int | None:
+        """The number of the message with the same id, target and content; None if the id is new."""
+        row = self.db.execute("SELECT seq, target, digest FROM messages WHERE id = ?", (append.id,)).fetchone()
+        if row is None:
+            return None
+        seq, target, digest = row
+        if append.digest is None or target != append.target or digest != append.digest:
+            raise _Refusing(Reason.CONFLICT, f"the id {append.id!r} is that of another message")
+        return int(seq)
+
+    def _find_request(self, request: Request, effects: int) -> tuple[int, ...] | None:
+        """The numbers that the same request got when it was new; None if it is new.
+
+        They are kept with the key, for its messages may be gone before it.
+        """
+        row = self.db.execute("SELECT digest, seqs FROM requests WHERE key = ?", (request.key,)).fetchone()
+        if row is None:
+            return None
+        seqs = json.loads(row[1])
+        if row[0] != request.digest or len(seqs) != effects:
+            raise _Refusing(Reason.KEY, f"the Idempotency-Key {request.key!r} is that of another request")
+        return tuple(seqs)
+
+    def _check_answer(self, answer: Answer) -> None:
+        found = find_answer(self.db, answer.player_id, answer.session_id, answer.command_id)
+        if found is not None:
+            raise _Refusing(Reason.ANSWERED, f"the command {answer.command_id!r} has its answer", found)
+
+    def _insert_answer(self, answer: Answer) -> None:
+        self.db.execute(
+            "INSERT INTO answers (player_id, session_id, command_id, digest, body, stored_at)"
+            " VALUES (?, ?, ?, ?, CAST(? AS TEXT), ?)",
+            (answer.player_id, answer.session_id, answer.command_id, answer.digest, answer.body, self.now),
+        )
+        self.db.execute("INSERT OR IGNORE INTO answered VALUES (?, ?)", (answer.player_id, answer.session_id))
+
+    def _mark(self, mark: PresenceMark) -> None:
+        self.db.execute(
+            _MARK,
+            {
+                "player_id": mark.player_id,
+                "session_id": mark.session_id,
+                "state": mark.state,
+                "told": mark.told,
+                "owed": mark.owed,
+                "now": self.now,
+            },
+        )
+
+    def _subscribe(self, player_id: str, session_id: str, channel: str, number: int) -> None:
+        # A transaction is committed whatever becomes of its session: for one that has ended in the
+        # meantime there is nothing to subscribe.
+        current = self.db.execute(
+            "SELECT 1 FROM sessions WHERE player_id = ? AND session_id = ? AND ended_at IS NULL",
+            (player_id, session_id),
+        ).fetchone()
+        if current and open_interval(self.db, player_id, session_id, channel) is None:
+            self.db.execute(
+                "INSERT INTO subscriptions (player_id, session_id, channel, start) VALUES (?, ?, ?, ?)",
+                (player_id, session_id, channel, number),
+            )
+
+    def _begin(self, begin: Begin, number: int) -> None:
+        pair = (begin.player_id, begin.session_id)
+        if self.db.execute("SELECT 1 FROM sessions WHERE player_id = ? AND session_id = ?", pair).fetchone():
+            raise _Refusing(Reason.ENDED, f"the session {begin.session_id} has existed; it cannot begin again")
+        newest = newest_session(self.db, begin.player_id, "ended_at, created_at")
+        if newest is not None and newest[0] is None:
+            raise _Refusing(Reason.ENDED, f"{begin.player_id} has another current session")
+        # Operators take the newest `created_at` for the current session, also if the clock was set back.
+        created_at = self.now
+        if newest is not None and newest[1] >= created_at:
+            created_at = rfc3339(posix(newest[1]) + 0.0011)
+        self.db.execute(
+            "INSERT INTO sessions (player_id, session_id, created_at, state, state_since, last_online,"
+            " start, mail_from, seen, told, owed) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '')",
+            (
+                *pair,
+                created_at,
+                State.ONLINE,
+                self.now,
+                self.now,
+                number,
+                begin.mail_from,
+                begin.mail_from,
+                Told.ABSENT,
+            ),
+        )
