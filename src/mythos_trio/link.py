@@ -151,6 +151,11 @@ class Link(trio.abc.HalfCloseableStream):
         """Whether the socket is closed: nothing more can be received either."""
         return self._closed
 
+    @property
+    def sealed(self) -> bool:
+        """Whether nothing more can be sent: it has ended, or the last frame is out."""
+        return self._sealed
+
     # Sending.
 
     def try_send(self, data: bytes) -> bool:

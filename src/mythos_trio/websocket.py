@@ -60,7 +60,7 @@ class WebSocketTransport:
                 # trio-websocket counts characters, and only when they have come: the link's scanner
                 # counts bytes, from the frame's header on.
                 request = await wrap_server_stream(
-                    nursery, link, max_message_size=self._max_message_size, receive_buffer_size=RECEIVE_BYTES
+                    nursery, _Stream(link), max_message_size=self._max_message_size, receive_buffer_size=RECEIVE_BYTES
                 )
                 chosen = SUBPROTOCOL if SUBPROTOCOL in request.proposed_subprotocols else None
                 connection = await request.accept(
@@ -88,6 +88,27 @@ class WebSocketTransport:
 
     def welcome(self, payload: bytes, position: str) -> bytes:
         return self.framing.control(payload)
+
+
+class _Stream(trio.abc.Stream):
+    """The link as trio-websocket sees it. When trio-websocket closes it, the link stays open: what the last
+    words are, and how long the peer has to take them, is for the connection to say. (Text that is not
+    UTF-8 makes trio-websocket 0.12 close without a close frame, and the client would see 1006.)"""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._link.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._link.wait_sent()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        return await self._link.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
 
 
 class WebSocketChannel:
@@ -118,3 +139,7 @@ class WebSocketChannel:
                     connection.end(BINARY)
                     return
                 await self._streams.hear(connection, parse_frame(message))
+        failure = self.left_with
+        if failure is not None and not connection.link.sealed:
+            # trio-websocket has found a violation of the protocol and has not said so.
+            connection.end(failure)
