@@ -451,6 +451,13 @@ class Logs:
         """The file has been renamed: go on in a new one of the old name (SIGHUP)."""
         self._to_file.call(self._file.reopen)
 
+    def mute_console(self) -> None:
+        """From now on only the file: somebody else speaks on the console."""
+        for channel in self._channels:
+            if channel is not self._to_file:
+                channel.close(CLOSE_SECONDS)
+        self._channels = [self._to_file]
+
     def set_level(self, level: str) -> None:
         _state.level = logging.getLevelNamesMapping()[level]
         logging.root.setLevel(_state.level)
