@@ -124,7 +124,10 @@ class ReadingHalf:
                 yield db
         finally:
             roll_back(db)
-            readers.put(db)
+            if self._readers is readers:
+                readers.put(db)
+            else:
+                db.close()  # the store was closed meanwhile, without waiting for this one
 
     def read(self, player_id: str, session_id: str, after: int, upto: int, limit: int) -> Chunk:
         with self._reading() as db:
@@ -152,7 +155,7 @@ class ReadingHalf:
             wanted = [
                 (i.target, max(i.start, after), newest if i.end is None else min(newest, i.end)) for i in intervals
             ]
-            messages, complete = _merge(db, [part for part in wanted if part[1] < part[2]], limit)
+            messages, complete = _merge(db, [part for part in wanted if part[1] < part[2]], max(limit, 1))
         return Chunk(messages, upto if complete else messages[-1].seq, lost)
 
     def current_session(self, player_id: str) -> SessionRow | None:
