@@ -16,7 +16,6 @@ from tests.support.games import Disk, Puppet
 from tests.support.play import Client, World, play
 
 
-
 async def post(world: World, path: str, body: object, headers: str = "") -> tuple[int, Any]:
     return await world.request("POST", path, body, headers)
 
@@ -29,7 +28,9 @@ async def line(world: World, text: object, player: str = "ann", **message: Any) 
 # The first words.
 
 
-async def test_the_first_word_is_welcome_and_says_where_the_stream_starts(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_the_first_word_is_welcome_and_says_where_the_stream_starts(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
     async with play(tmp_path / "m.db", game=Puppet()) as world:
         ann = await world.websocket("ann")
         welcome = await ann.next()
@@ -97,7 +98,9 @@ async def test_numbers_grow_and_are_the_stores(tmp_path: Path, autojump_clock: M
 # Heartbeats.
 
 
-async def test_heartbeats_come_and_say_how_far_the_stream_was_written(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_heartbeats_come_and_say_how_far_the_stream_was_written(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
     async with play(tmp_path / "m.db", game=Puppet()) as world:
         ann, listener = await world.websocket("ann"), await world.sse("ann")
         published = await line(world, "hello")
@@ -110,7 +113,9 @@ async def test_heartbeats_come_and_say_how_far_the_stream_was_written(tmp_path: 
         assert listener.last_id == f"1-{published['seq']}"
 
 
-async def test_a_heartbeat_moves_an_idle_client_past_what_is_not_for_it(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_heartbeat_moves_an_idle_client_past_what_is_not_for_it(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
     async with play(tmp_path / "m.db", game=Puppet()) as world:
         ann = await world.sse("ann")
         await ann.next()
@@ -134,7 +139,9 @@ async def test_ping_is_answered_by_pong_with_its_id(tmp_path: Path, autojump_clo
 
 @pytest.mark.parametrize("back", ["websocket", "sse", "last-event-id"])
 @pytest.mark.parametrize("out", ["websocket", "sse"])
-async def test_who_names_a_position_gets_all_that_follows_it(tmp_path: Path, autojump_clock: MockClock, out: str, back: str) -> None:
+async def test_who_names_a_position_gets_all_that_follows_it(
+    tmp_path: Path, autojump_clock: MockClock, out: str, back: str
+) -> None:
     async with play(tmp_path / "m.db", game=Puppet()) as world:
         ann = await (world.websocket("ann") if out == "websocket" else world.sse("ann"))
         await ann.next()
@@ -205,7 +212,9 @@ async def test_replay_and_live_are_the_same_stream(tmp_path: Path, autojump_cloc
             assert again.numbered == ann.numbered
 
 
-async def test_a_client_that_names_nothing_starts_after_what_was_seen(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_client_that_names_nothing_starts_after_what_was_seen(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
     async with play(tmp_path / "m.db", game=Puppet()) as world:
         ann = await world.websocket("ann")
         await ann.next()
@@ -219,7 +228,9 @@ async def test_a_client_that_names_nothing_starts_after_what_was_seen(tmp_path: 
         assert again.lines == ["while away"]
 
 
-async def test_an_sse_client_behind_a_proxy_sees_again_what_it_did_not_name(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_an_sse_client_behind_a_proxy_sees_again_what_it_did_not_name(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
     """Its kernel's acknowledgements are the proxy's, so only what it says itself counts."""
     forwarded = "X-Forwarded-For: 192.0.2.7\r\n"
     settings: dict[str, Any] = {"trusted_proxies": (ip_network("127.0.0.1"),), "secret_key": "k" * 32}
@@ -262,7 +273,9 @@ async def test_an_ack_moves_seen_and_deletes_nothing(tmp_path: Path, autojump_cl
 
 
 @pytest.mark.parametrize("position", ["1-999999", "2-1", "0-1"])
-async def test_what_was_never_sent_cannot_be_acknowledged(tmp_path: Path, autojump_clock: MockClock, position: str) -> None:
+async def test_what_was_never_sent_cannot_be_acknowledged(
+    tmp_path: Path, autojump_clock: MockClock, position: str
+) -> None:
     async with play(tmp_path / "m.db", game=Puppet()) as world:
         ann = await world.websocket("ann")
         await ann.next()
@@ -287,7 +300,9 @@ async def test_an_sse_client_acknowledges_by_post(tmp_path: Path, autojump_clock
         assert world.server.hub.connections[welcome["connection_id"]].acknowledged == one["seq"]
 
 
-async def test_a_client_cannot_make_the_server_believe_that_a_mail_to_come_was_seen(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_client_cannot_make_the_server_believe_that_a_mail_to_come_was_seen(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
     """Naming the newest number of the store is honest; what comes after it is still mail."""
     async with play(tmp_path / "m.db", game=Puppet()) as world:
         ann = await world.websocket("ann")
@@ -307,7 +322,9 @@ async def test_a_client_cannot_make_the_server_believe_that_a_mail_to_come_was_s
 # Gaps.
 
 
-async def test_a_position_of_the_future_is_told_and_goes_on_after_seen(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_position_of_the_future_is_told_and_goes_on_after_seen(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
     async with play(tmp_path / "m.db", game=Puppet()) as world:
         ann = await world.websocket("ann")
         await ann.next()
@@ -327,7 +344,9 @@ async def test_a_position_of_the_future_is_told_and_goes_on_after_seen(tmp_path:
             back.wire.cut()  # what it got must not count as seen for the second turn
 
 
-async def test_a_position_of_an_older_epoch_is_told_with_what_is_shared(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_position_of_an_older_epoch_is_told_with_what_is_shared(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
     async with play(tmp_path / "m.db", game=Puppet()) as world:
         ann = await world.websocket("ann")
         start = (await ann.next())["position"]
@@ -409,7 +428,9 @@ async def test_mail_waits_for_a_player_who_is_offline(tmp_path: Path, autojump_c
         assert back.lines == ["mail"]
 
 
-async def test_everyone_who_has_a_session_gets_a_broadcast_also_later(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_everyone_who_has_a_session_gets_a_broadcast_also_later(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
     async with play(tmp_path / "m.db", game=Puppet(), linkdead_grace=5) as world:
         ann, bob = await world.websocket("ann"), await world.websocket("bob")
         await bob.next()
@@ -424,7 +445,9 @@ async def test_everyone_who_has_a_session_gets_a_broadcast_also_later(tmp_path: 
         assert await late.hear() == []
 
 
-async def test_subscriptions_by_an_operator_take_effect_at_their_position(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_subscriptions_by_an_operator_take_effect_at_their_position(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
     async with play(tmp_path / "m.db", game=Puppet()) as world:
         ann = await world.sse("ann")
         start = (await ann.next())["position"]
@@ -564,7 +587,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("body", "expected"), BAD, ids=lambda value: repr(value)[:50])
-async def test_what_cannot_be_published_is_refused_and_told_why(tmp_path: Path, autojump_clock: MockClock, body: object, expected: int) -> None:
+async def test_what_cannot_be_published_is_refused_and_told_why(
+    tmp_path: Path, autojump_clock: MockClock, body: object, expected: int
+) -> None:
     async with play(tmp_path / "m.db", game=Puppet()) as world:
         status, answer = await post(world, "/api/messages", body)
         assert status == expected

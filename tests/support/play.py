@@ -70,6 +70,8 @@ class Client:
                 message = await self.next()
                 if test(message):
                     return message
+                if self.over:
+                    raise EOFError(f"it ended before: {self.received[-3:]}")
 
     async def next(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -80,11 +82,12 @@ class Client:
     async def hear(self, seconds: float = 1.0) -> list[dict[str, Any]]:
         """What comes until nothing has come for *seconds*, or the end."""
         heard: list[dict[str, Any]] = []
-        while not self.over:
-            with trio.move_on_after(seconds) as silence:
-                heard.append(await self.next())
-            if silence.cancelled_caught:
-                break
+        with trio.fail_after(7200):  # heartbeats may never let it be silent for so long
+            while not self.over:
+                with trio.move_on_after(seconds) as silence:
+                    heard.append(await self.next())
+                if silence.cancelled_caught:
+                    break
         return [message for message in heard if message["type"] != "closed"]
 
     async def until_over(self) -> dict[str, Any] | None:
