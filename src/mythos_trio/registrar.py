@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from mythos_trio.hub import Hub
 
 T = TypeVar("T")
+K = TypeVar("K")
+V = TypeVar("V")
 
 log = logs.get("session")
 
@@ -83,6 +85,8 @@ class Registrar:
         self._changes: dict[str, _Change] = {}
         self._crashes: OrderedDict[str, deque[float]] = OrderedDict()
         self._removed: OrderedDict[str, float] = OrderedDict()
+        # Sessions that were begun by POST, to what they replaced: told to who connects first.
+        self._replaced: OrderedDict[tuple[str, str], str] = OrderedDict()
         self._nursery: trio.Nursery | None = None
         context.switch = self._switch_for_handler
 
@@ -246,7 +250,8 @@ class Registrar:
         row = live.row if live else await _reading(self._hub.storage.current_session(player_id))
         if row is not None and wanted in (None, row.session_id):
             if live is None:
-                self._begin_living(LiveSession(row, self._context, complete=False))
+                previous = self._replaced.pop((player_id, row.session_id), None)
+                self._begin_living(LiveSession(row, self._context, complete=False, previous=previous))
             return
         if wanted is not None:
             await self._refuse_if_ended(player_id, wanted)
@@ -331,8 +336,10 @@ class Registrar:
             if leave.owed:
                 session.owe_leave(LeaveOwed(owed, "switched"))
             self._begin_living(session)
-        elif leave.owed:
-            self._start(pay_leave, LeaveOwed(owed, "switched"), self._context)
+        else:
+            _remember(self._replaced, (player_id, new_id), row.session_id)
+            if leave.owed:
+                self._start(pay_leave, LeaveOwed(owed, "switched"), self._context)
         self._context.statistics.session("replaced")
         log.info(
             f"Player {player_id} switched from {row.session_id} to {new_id}",
@@ -352,7 +359,7 @@ class Registrar:
         if live is not None:
             row = await self._stop(live, REMOVED, by="operator", reason="removed")
         leave = await self._end_row(row, live, "removed", change)
-        self._remember_removed(player_id)
+        _remember(self._removed, player_id, trio.current_time())
         if leave.owed:
             owed = evolve(row, told=leave.told.value, owed=leave.owed_text)
             self._start(pay_leave, LeaveOwed(owed, "removed"), self._context)
@@ -457,12 +464,6 @@ class Registrar:
             last_online=now,
         )
 
-    def _remember_removed(self, player_id: str) -> None:
-        self._removed[player_id] = trio.current_time()
-        self._removed.move_to_end(player_id)
-        if len(self._removed) > MAX_REMEMBERED:
-            self._removed.popitem(last=False)
-
     # Sessions' tasks.
 
     def _begin_living(self, session: LiveSession) -> None:
@@ -485,11 +486,9 @@ class Registrar:
         session.gone.set()
 
     def _crashed(self, player_id: str) -> None:
-        times = self._crashes.setdefault(player_id, deque(maxlen=16))
+        times = self._crashes.get(player_id, deque(maxlen=16))
         times.append(trio.current_time())
-        self._crashes.move_to_end(player_id)
-        if len(self._crashes) > MAX_REMEMBERED:
-            self._crashes.popitem(last=False)
+        _remember(self._crashes, player_id, times)
 
     def _refuse_if_crashing(self, player_id: str) -> None:
         """Three crashes in a minute: 4009 with growing ``retry_ms``."""
@@ -528,6 +527,14 @@ def ended(row: SessionRow) -> Refusal:
         status=409,
         close=close,
     )
+
+
+def _remember(memory: OrderedDict[K, V], key: K, value: V) -> None:
+    """Keep the newest `MAX_REMEMBERED`."""
+    memory[key] = value
+    memory.move_to_end(key)
+    if len(memory) > MAX_REMEMBERED:
+        memory.popitem(last=False)
 
 
 def check_current(current: str, named: str | None) -> None:

@@ -244,7 +244,7 @@ class Server:
         await self._wait_handlers()
 
     async def _wait_handlers(self) -> None:
-        while any(session.running_handler for session in self.hub.sessions.values()):
+        while self.context.handlers or any(session.running_handler for session in self.hub.sessions.values()):
             await trio.sleep(0.01)
 
     def _say_goodbye(self) -> None:
