@@ -744,6 +744,11 @@ def facade(request: pytest.FixtureRequest, kind: Kind, tmp_path: Path) -> Iterat
     made.database.abandon()
 
 
+def trouble(storage: Storage) -> str | None:
+    """Not by its name: mypy would take a value that was seen once for granted."""
+    return storage.trouble
+
+
 def one(id_: str) -> Transaction:
     return Transaction([Append("@ann", id_, b"{}", b"x")])
 
@@ -755,7 +760,7 @@ async def test_the_facade_has_all_of_it(facade: Facade) -> None:
     assert isinstance((await storage.commit([Transaction([Begin("ann", "s1", 0)])]))[0], Committed)
     outcomes = await storage.commit([one("a"), one("a"), one("b")])
     assert [outcome.last for outcome in outcomes if isinstance(outcome, Committed)] == [2, 2, 3]
-    assert (storage.commits, storage.messages, storage.trouble) == (2, 2, None)
+    assert (storage.commits, storage.messages, trouble(storage)) == (2, 2, None)
     assert storage.last_commit_ms is not None
     assert storage.last_commit_ms >= 0
     await storage.note(Notes({("ann", "s1"): 2}, [], [], {}))
@@ -812,14 +817,14 @@ async def test_a_failed_write_is_an_outcome_and_trouble_until_one_works(facade: 
     (outcome,) = await storage.commit([one("a")])
     assert isinstance(outcome, Refused)
     assert outcome.reason == Reason.FAILED
-    assert storage.trouble == outcome.message
+    assert trouble(storage) == outcome.message
     with pytest.raises(StoreError):
         await storage.probe()
     with pytest.raises(StoreError):
         await storage.note(NO_NOTES)
     await storage.open()
     await storage.probe()
-    assert storage.trouble is None
+    assert trouble(storage) is None
     assert storage.commits == 0
 
 
@@ -829,9 +834,9 @@ async def test_a_refusal_is_no_trouble(facade: Facade) -> None:
     await storage.commit([one("a")])
     (outcome,) = await storage.commit([Transaction([Append("@ann", "a", b"", b"other")])])
     assert isinstance(outcome, Refused)
-    assert storage.trouble is None
+    assert trouble(storage) is None
     await storage.commit([Transaction([], abandoned=True)])
-    assert storage.trouble is None
+    assert trouble(storage) is None
 
 
 async def test_a_hook_is_a_slow_or_a_broken_disk(kind: Kind, tmp_path: Path, autojump_clock: object) -> None:
@@ -852,14 +857,14 @@ async def test_a_hook_is_a_slow_or_a_broken_disk(kind: Kind, tmp_path: Path, aut
         (outcome,) = await storage.commit([one("b")])
         assert isinstance(outcome, Refused)
         assert (outcome.reason, outcome.message) == (Reason.FULL, "no space")
-        assert storage.trouble == "no space"
+        assert trouble(storage) == "no space"
         broken = False
         async with trio.open_nursery() as nursery:
             nursery.start_soon(storage.probe)
             await trio.sleep(2)
-            assert storage.writing_seconds == 2
-        assert storage.trouble is None
-        assert storage.writing_seconds == 0
+            assert storage.writing_seconds == pytest.approx(2)
+        assert trouble(storage) is None
+        assert not storage.writing_seconds
 
 
 class HangingDatabase:
@@ -891,9 +896,9 @@ async def test_an_abandoned_commit_ends_all_writing(kind: Kind, tmp_path: Path) 
         with trio.move_on_after(0.01) as waiting:
             await storage.commit([one("b")])
         assert waiting.cancelled_caught
-        assert storage.trouble is None
+        assert trouble(storage) is None
         nursery.cancel_scope.cancel()
-    assert storage.trouble is not None
+    assert trouble(storage) is not None
     (outcome,) = await storage.commit([one("c")])
     assert isinstance(outcome, Refused)
     with pytest.raises(StoreError, match="not closed in order"):
