@@ -198,7 +198,9 @@ class SocketListener:
 
     def close(self) -> None:
         if self._sock.fileno() >= 0:
-            trio.lowlevel.notify_closing(self._sock)
+            # A start that fails closes it before Trio runs, or after.
+            if trio.lowlevel.in_trio_run():
+                trio.lowlevel.notify_closing(self._sock)
             self._sock.close()
 
 

@@ -39,7 +39,7 @@ from mythos_trio.seams import Clock, Randomness, SystemClock, SystemRandomness
 from mythos_trio.sqlite import SqliteDatabase
 from mythos_trio.sse import SSETransport
 from mythos_trio.statistics import Statistics
-from mythos_trio.storage import Database, Runner, Storage, StoreError, ThreadRunner
+from mythos_trio.storage import Database, Recovered, Runner, Storage, StoreError, ThreadRunner
 from mythos_trio.streams import Streams
 from mythos_trio.websocket import WebSocketTransport
 
@@ -133,6 +133,7 @@ class Server:
         self.checker = Checker(self.context, self.registrar, self._failures)
         self.monitor: Monitor | None = None
         self.front: Front | None = None
+        self._recovered: Recovered | None = None
         self._stop = trio.Event()
         self._hurry = trio.CancelScope()
         self._stopping = False
@@ -144,16 +145,21 @@ class Server:
             self._hurry.cancel()
         self._stop.set()
 
+    async def open(self) -> Recovered:
+        """Open the store and take over what it holds. Raises `StoreUnusable`."""
+        self._recovered = recovered = await self.storage.open()
+        database_log.info("Database connection successful", driver="sqlite3", recovered=len(recovered.sessions))
+        self.hub.start(recovered.epochs, recovered.newest)
+        return recovered
+
     async def serve(
         self,
         listeners: Sequence[Listener],
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> int:
-        """Run until stopped; the exit code. Raises `StoreUnusable` if the store cannot be opened."""
-        recovered = await self.storage.open()
-        database_log.info("Database connection successful", driver="sqlite3", recovered=len(recovered.sessions))
-        self.hub.start(recovered.epochs, recovered.newest)
+        """Run until stopped; the exit code. Opens the store first if that has not been done."""
+        recovered = self._recovered or await self.open()
         self.monitor = monitor = Monitor(
             self.hub, self.dispatcher, self.checker, self.storage, self.statistics, self.settings, self.clock
         )
@@ -334,6 +340,8 @@ async def _main(
         randomness=SystemRandomness(),
         statistics=statistics,
     )
+    # Outside of a nursery: a failed start is one error, not a group.
+    await server.open()
     async with trio.open_nursery() as nursery:
         await nursery.start(_hear_signals, server, hang_up)
         nursery.start_soon(_announce_when_ready, server, listeners, announce)

@@ -122,6 +122,7 @@ class LiveSession:
         self._arrived = trio.Event()
         self._paid = trio.Event()
         self._paying: Submission | None = None
+        self._noted_state = State(row.state)
 
     @property
     def online(self) -> bool:
@@ -370,8 +371,10 @@ class LiveSession:
         self._start_working()
 
     def _owe(self, presence: Presence) -> None:
-        if presence != self.presence:
+        """Note what is owed now, and the state, where that has changed."""
+        if presence != self.presence or self.state is not self._noted_state:
             self.presence = presence
+            self._noted_state = self.state
             self._note_presence()
             self._start_working()
 
