@@ -85,7 +85,6 @@ class Link(trio.abc.HalfCloseableStream):
         "_wire",
         "ended",
         "ended_by",
-        "heard_close",
         "last_received",
         "on_end",
         "on_pong",
@@ -127,8 +126,6 @@ class Link(trio.abc.HalfCloseableStream):
         self.on_end: Callable[[], None] | None = None
         self.scanner: FrameScanner | None = None
         """Looks over what is received before the receiver sees it."""
-        self.heard_close = False
-        """Whether *scanner* has seen a close frame."""
         self.on_pong: Callable[[bytes], None] | None = None
         self.on_violation: Callable[[Close], None] | None = None
         self.last_received = trio.current_time()
@@ -261,10 +258,7 @@ class Link(trio.abc.HalfCloseableStream):
             self.close()
 
     async def aclose(self) -> None:
-        # trio-websocket, whose link this is if there is a scanner, closes at once when it cannot parse
-        # a frame, and says nothing. The socket is left to the owner, who tells the client why and lingers.
-        if self.scanner is None:
-            self.close()
+        self.close()
         await trio.lowlevel.checkpoint()
 
     async def wait_ended(self) -> None:
@@ -436,7 +430,6 @@ class Link(trio.abc.HalfCloseableStream):
                 if self.on_pong is not None:
                     self.on_pong(event.payload)
             elif isinstance(event, Closing):
-                self.heard_close = True
                 self._peer_done = self._hushed
             else:
                 self._hushed = True

@@ -17,7 +17,7 @@ from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_st
 
 from mythos_trio import http1
 from mythos_trio.core import wire
-from mythos_trio.core.errors import BAD_FRAME, BAD_UTF8, BINARY, Close, ErrorType, Refusal
+from mythos_trio.core.errors import BINARY, Close, ErrorType, Refusal
 from mythos_trio.core.frames import FrameScanner
 from mythos_trio.core.requests import parse_frame
 from mythos_trio.streams import Streams
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 SUBPROTOCOL: Final = "mythos-protocol"
 HANDSHAKE_SECONDS: Final = 10.0
 RECEIVE_BYTES: Final = 4096
-
-_UNPARSABLE: Final = {1002: BAD_FRAME, 1007: BAD_UTF8}
 
 
 class WebSocketTransport:
@@ -141,10 +139,6 @@ class WebSocketChannel:
                     connection.end(BINARY)
                     return
                 await self._streams.hear(connection, parse_frame(message))
-        # What cannot be parsed ends the reading as if the client had left: trio-websocket says no word.
-        reason = self._websocket.closed
-        if reason is not None and not link.heard_close and reason.code in _UNPARSABLE:
-            connection.end(_UNPARSABLE[reason.code])
         failure = self.left_with
         if failure is not None and not connection.link.sealed:
             # trio-websocket has found a violation of the protocol and has not said so.
