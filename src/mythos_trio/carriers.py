@@ -6,6 +6,7 @@ cannot close in order when a reader is cancelled.
 
 from __future__ import annotations
 
+import os
 import re
 import ssl
 from collections import deque
@@ -130,6 +131,7 @@ class Exchange:
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
         self._state = h11.Connection(h11.CLIENT)
+        self._heard = False
 
     async def ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"") -> h11.Response:
         request = h11.Request(method=method, target=target, headers=list(headers.items()))
@@ -142,7 +144,7 @@ class Exchange:
             if isinstance(event, h11.Response):
                 return event
             if not isinstance(event, h11.InformationalResponse):
-                raise Lost(Outcome("the server closed the connection without an answer"))
+                raise Lost(Outcome("the server broke off its answer"))
 
     async def receive(self) -> bytes:
         """The next bytes of the body; empty at its end."""
@@ -161,7 +163,11 @@ class Exchange:
         while True:
             event = self._state.next_event()
             if event is h11.NEED_DATA:
-                self._state.receive_data(bytes(await self._stream.receive_some()))
+                data = bytes(await self._stream.receive_some())
+                if not data and not self._heard:
+                    raise Lost(Outcome("the server closed the connection without an answer"))
+                self._heard = True
+                self._state.receive_data(data)
             else:
                 return event
 
@@ -236,6 +242,8 @@ def _decode(data: str | bytes) -> JSON:
 
 def outcome_of(error: BaseException) -> Outcome:
     """What an exception of a connection or of an attempt means."""
+    if isinstance(error, trio.BrokenResourceError) and isinstance(error.__cause__, ssl.SSLError):
+        error = error.__cause__
     match error:
         case Lost():
             return error.outcome
@@ -251,7 +259,7 @@ def outcome_of(error: BaseException) -> Outcome:
         case trio.BrokenResourceError() | trio.ClosedResourceError():
             return Outcome("the connection broke")
         case ssl.SSLError():
-            return Outcome(f"TLS: {error.reason or error}")
+            return Outcome(f"TLS: {error.strerror or error}")
         case OSError():
             return Outcome(_of_os_error(error))
     raise error
@@ -263,7 +271,10 @@ def _of_os_error(error: OSError) -> str:
     while isinstance(cause, BaseExceptionGroup):
         cause = cause.exceptions[0]
     found = cause if isinstance(cause, OSError) else error
-    return (found.strerror or str(found) or type(found).__name__).lower()
+    # Trio puts the address into the text, which is known, and makes a long line of it.
+    number = found.errno or 0
+    text = os.strerror(number) if number > 0 else found.strerror or str(found)
+    return text.lower() or type(found).__name__
 
 
 TROUBLE: Final = (Lost, HandshakeError, h11.RemoteProtocolError, trio.BrokenResourceError, trio.ClosedResourceError)
