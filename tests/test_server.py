@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def test_a_store_that_is_held_is_said_to_be_and_the_port_is_free_again(tmp_path:
     holder.open(0.0)
     port = free_port()
     try:
-        with pytest.raises(StoreUnusable, match="pid"):
+        with pytest.raises(StoreUnusable, match=f"in use by process {os.getpid()}"):
             server.run(Settings(host="127.0.0.1", port=port, database_url=f"sqlite:///{path}"))
     finally:
         holder.close()
