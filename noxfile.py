@@ -25,8 +25,8 @@ FLOOR: Final = 90
 
 # ruff's ASYNC rules look at one function at a time; these find `yield` in a nursery and `await` in an
 # unshielded `finally` too. Left out: deadlines are the caller's (109), a poll is named as one (110), what
-# can be started is typed (114), an interface may be async and an answer need no wait (124), and
-# httpx-sse, which reads event streams for the client, is written for httpx (127).
+# can be started is typed (114), an interface may be async and an answer need no wait (124), and httpx
+# is among the clients that the server is tried with (127).
 FLAKE8_ASYNC: Final = ("--enable=ASYNC1,ASYNC2,ASYNC3", "--disable=ASYNC109,ASYNC110,ASYNC114,ASYNC124,ASYNC127")
 
 # Clients that we did not write.
