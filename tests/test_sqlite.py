@@ -597,6 +597,7 @@ def test_a_long_life_leaves_a_sound_file(store: Bench, path: Path) -> None:
         store.join(f"room{n % 3}")
         store.try_(*[message(f"{n}-{i}", b"x" * 200) for i in range(20)])
         store.say(f"#room{n % 3}")
+        store.refuse(Transaction([Append("#r", f"x{n}", b"y"), Append("#r", f"{n}-1", b"z")]), Reason.CONFLICT)
         store.do(answer=answer(f"{n}"))
         store.leave(f"room{n % 3}")
         store.now += 1
