@@ -3,21 +3,24 @@
 A player's session is one numbered, stored stream of messages; any number of WebSocket and SSE
 connections carry it at the same time. The map, from the outside in:
 
-==============================  ======================================================================
-``cli``, ``client``             the command line; a client of both transports in the terminal
-``server``                      what exists, the tree of tasks, how it stops
-``front``, ``http1``, ``access``  accept, read a request's head, who may, where it goes
-``websocket``, ``sse``, ``streams``  the two transports, and a connection's life on either
-``posts``                       publishing, commands and acknowledgements by POST
-``bridge``, ``api``, ``monitor``  Hypercorn and the Quart-Trio app: the API and the monitoring pages
+========================================  ========================================================================
+``cli``, ``reload``                       the command line; starting anew when code changes
+``terminal``, ``client``, ``carriers``    a player's client: a line to type in, both transports, their connections
+``server``                                what exists, the tree of tasks, how it stops
+``front``, ``http1``, ``access``          accept, read a request's head, who may, where it goes
+``websocket``, ``sse``, ``streams``       the two transports, and a connection's life on either
+``posts``                                 publishing, commands and acknowledgements by POST
+``bridge``, ``api``, ``monitor``          Hypercorn and the Quart-Trio app: the API and the monitoring pages
 ``registrar``, ``session``, ``handlers``  who is in which session; the player's nursery; the game's handlers
-``dispatcher``, ``hub``, ``connection``  from a committed transaction to the bytes on each connection
-``checker``                     pings, verdicts, clean-up, gauges
-``link``, ``net``               the owner of each socket; the seam to the network
-``storage``, ``sqlite``         the promise: what is stored, and in which order
-``game``, ``world``             what a game's author writes; the default game
-``core``                        the rules: values in, values out
-==============================  ======================================================================
+``dispatcher``, ``hub``, ``connection``   from a committed transaction to the bytes on each connection
+``checker``                               pings, verdicts, clean-up, gauges
+``link``, ``net``                         the owner of each socket; the seam to the network
+``storage``, ``sqlite``                   the promise: what is stored, and in which order
+``game``, ``world``                       what a game's author writes; the default game
+``config``, ``logs``, ``statistics``      settings; what is logged; what is counted
+``seams``, ``machine``                    wall clock and randomness; what the machine says of itself
+``core``                                  the rules: values in, values out
+========================================  ========================================================================
 """
 
 from typing import Final
