@@ -18,8 +18,8 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, Final
 from urllib.parse import quote, urlencode
@@ -161,34 +161,41 @@ class DualClient:
         self._held: _Item | None = None  # the event that was handed out last, and may not be done with
         self._acknowledged: Position | None = None
         self._pending: dict[str, _Pending] = {}
-        self._first = trio.Lock()
+        self._ahead: TransportState | None = next(iter(self.transports.values()), None)
         self._changed = trio.Event()
         self._scope = trio.CancelScope()
-        self._nursery: AbstractAsyncContextManager[trio.Nursery] | None = None
+        self._context: AbstractAsyncContextManager[None] | None = None
         self.on_change: Callable[[], None] = lambda: None
         """Called when a transport's state has changed, or the client has ended."""
 
     async def __aenter__(self) -> DualClient:
-        self._nursery = trio.open_nursery()
-        nursery = await self._nursery.__aenter__()
-        nursery.start_soon(self._run)
+        self._context = self._open_for_use()
+        await self._context.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        assert self._nursery is not None
-        await self._close()
-        return await self._nursery.__aexit__(kind, error, trace)
+        assert self._context is not None
+        return await self._context.__aexit__(kind, error, trace)
 
-    async def _close(self) -> None:
+    @asynccontextmanager
+    async def _open_for_use(self) -> AsyncIterator[None]:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._run)
+            try:
+                yield
+                await self._say_goodbye()
+            finally:
+                self._end(Ended("closed"))
+
+    async def _say_goodbye(self) -> None:
         """Tell the server what was read, and leave in order, as far as that takes no time."""
-        with trio.move_on_after(CLOSE_SECONDS), suppress(Lost):
+        with trio.move_on_after(CLOSE_SECONDS), suppress(*TROUBLE, OSError, trio.TooSlowError):
             await self._acknowledge()
             carrier = self._websocket
             if carrier is not None:
                 await carrier.close()
-        self._end(Ended("closed"))
 
     # What others may know.
 
@@ -239,8 +246,12 @@ class DualClient:
         return self._held.event
 
     @property
+    def consumed(self) -> str | None:
+        """Everything up to it is done with: what to name as *position* in another run."""
+        return None if self._consumed is None else str(self._consumed)
+
+    @property
     def _consumed(self) -> Position | None:
-        """Everything up to it is done with."""
         oldest = self._held or (self._queue[0] if self._queue else None)
         return self._merge.position if oldest is None else oldest.before
 
@@ -396,7 +407,7 @@ class DualClient:
 
     async def _attempt(self, state: TransportState) -> Outcome:
         """One connection, from its first byte to its end."""
-        await self._wait_for_position()
+        await self._wait_for_position(state)
         outcome = Outcome("the connection broke")
         try:
             await self._live(state)
@@ -404,21 +415,21 @@ class DualClient:
             outcome = outcome_of(_first_of(group))
         finally:
             state.carrier = None
-            self._let_others_connect()
+            self._let_others_connect(state)
         return outcome
 
-    async def _wait_for_position(self) -> None:
+    async def _wait_for_position(self, state: TransportState) -> None:
         """As long as no position is known one transport goes ahead, so that the other can name one."""
-        if self.position is None:
-            with trio.move_on_after(FIRST_SECONDS):
-                await self._first.acquire()
-                # Who had it may have found out the position.
-                if self._merge.epoch:
-                    self._let_others_connect()
+        with trio.move_on_after(FIRST_SECONDS):
+            while not self._merge.epoch and self._ahead not in (None, state):
+                await self._changed.wait()
+        if not self._merge.epoch:
+            self._ahead = state
 
-    def _let_others_connect(self) -> None:
-        if self._first.statistics().owner is trio.lowlevel.current_task():
-            self._first.release()
+    def _let_others_connect(self, state: TransportState) -> None:
+        if self._ahead is state:
+            self._ahead = None
+            self._notify()
 
     async def _live(self, state: TransportState) -> None:
         named = self._merge.position
@@ -471,7 +482,7 @@ class DualClient:
         self.session_id = session_id
         state.epoch, state.carrier = epoch, carrier
         state.since = trio.current_time()
-        self._let_others_connect()
+        self._let_others_connect(state)
         self._set(state, "connected")
         return 2 * min(max(heartbeat, 1.0), 60.0) + 5.0
 
