@@ -1,4 +1,4 @@
-"""Commands: one at a time, in order, each id answered once; what a handler does is done with its answer or not at all."""
+"""Commands: one at a time, in order, each id answered once; what a handler does is done with its answer."""
 
 from __future__ import annotations
 
@@ -362,8 +362,6 @@ async def test_retry_after_is_told_over_http(tmp_path: Path, autojump_clock: Moc
 
 
 async def raw(world: World, body: bytes) -> bytes:
-    from tests.support.play import Client
-
     client = Client(world.wire())
     head = (
         b"POST /api/connections/ann/commands HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
@@ -537,7 +535,6 @@ async def test_unless_a_game_says_otherwise_clients_do_not_subscribe(tmp_path: P
 
 # What cannot be understood.
 
-LONG = "x" * 129
 MALFORMED = [
     ("{", None),
     ("{]", None),
@@ -557,7 +554,7 @@ MALFORMED = [
     ('{"type": "command", "id": "i", "content": 1, "more": 1}', "i"),
     ('{"type": "command", "id": 7, "content": 1}', None),
     ('{"type": "command", "id": "", "content": 1}', None),
-    ('{"type": "command", "id": "%s", "content": 1}' % LONG, None),
+    (json.dumps({"type": "command", "id": "x" * 129, "content": 1}), None),
     ('{"type": "command", "id": "a\\nb", "content": 1}', "a\nb"),
     ('{"type": "command", "id": "i", "content": NaN}', None),
     ('{"type": "command", "id": "i", "content": "\\ud800"}', None),

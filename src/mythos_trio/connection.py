@@ -196,7 +196,7 @@ class Connection:
         self.over = close
         self.look_at_kernel()
         if self.link.ended is None:
-            words = self.framing.last_words(wire.disconnect(close, retry_ms), close)
+            words = self.framing.last_words(wire.disconnect(close, retry_ms), close, retry_ms)
             self.link.last_words(words, close, by=by)
         self.scope.cancel()
 

@@ -228,8 +228,8 @@ class LiveSession:
     async def adopt(self, function: Callable[..., Awaitable[None]], *args: object, name: str) -> bool:
         """Run a connection's task in the player's nursery; False if the session has ended meanwhile."""
         await self.ready.wait()
-        if self.over or self.nursery is None:
-            return False
+        if self.over or self.nursery is None or self.nursery.cancel_scope.cancel_called:
+            return False  # the last: it has crashed, and has not come to its end yet
         self.nursery.start_soon(function, *args, name=name)
         return True
 
@@ -413,6 +413,9 @@ class LiveSession:
         """Run what is owed, then commands, one at a time, until there is nothing left."""
         try:
             while not self._context.draining:
+                # A crash may have cancelled this nursery before this task's first step: a handler begun
+                # now would run to its first wait, and the session that follows would run it again.
+                await trio.lowlevel.checkpoint_if_cancelled()
                 if self._leaves_owed:
                     await pay_leave(self._leaves_owed.pop(0), self._context)
                 elif self.presence.owed:

@@ -114,6 +114,8 @@ class _Arrival:
     answering: bool = False
     """The handshake has begun: the request's bytes have been used."""
     start_over: bool = False
+    refusal: Refusal | None = None
+    """Why it is not let in: the front door's task says so."""
 
 
 class Streams:
@@ -209,6 +211,8 @@ class Streams:
         # that the front door counts it as a handshake under way.
         with trio.move_on_after(OPEN_SECONDS):
             await arrival.over.wait()
+        if arrival.refusal is not None:
+            raise arrival.refusal
         return not arrival.start_over
 
     def _log_refused(self, transport: Transport, player: str, address: str, refusal: Refusal) -> None:
@@ -237,6 +241,12 @@ class Streams:
                 if link.ended is not None:
                     return
                 await trio.lowlevel.checkpoint_if_cancelled()
+                try:
+                    self._check_room(session, arrival.wish.replaces)
+                except Refusal as refusal:
+                    # An event stream that has begun cannot be refused any more: a browser would come back.
+                    arrival.refusal = refusal
+                    return
                 arrival.answering = True
                 try:
                     async with arrival.transport.open(link, arrival.head) as channel:
@@ -244,7 +254,7 @@ class Streams:
                         with trio.fail_after(OPEN_SECONDS):
                             await self._begin(connection, session, arrival)
                         arrival.over.set()
-                        await channel.read(connection)
+                        await self._read(channel, connection)
                 except* (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
                     pass
                 except* StartOver:
@@ -263,6 +273,15 @@ class Streams:
                 connection.end(FAULT)
         finally:
             self._finish(connection, session, arrival, channel, opened)
+
+    async def _read(self, channel: Channel, connection: Connection) -> None:
+        """Take what the client says until it leaves. A crash of the session cuts it off."""
+        try:
+            await channel.read(connection)
+        except trio.Cancelled:
+            if connection.link.ended is None:
+                connection.end(FAULT)
+            raise
 
     def _turn_down(self, connection: Connection, arrival: _Arrival, group: BaseExceptionGroup[Refusal]) -> None:
         refusal = group.exceptions[0]
@@ -290,7 +309,8 @@ class Streams:
     async def _begin(self, connection: Connection, session: LiveSession, arrival: _Arrival) -> None:
         """Find where the connection starts, attach it, and send the welcome."""
         hub = self._context.hub
-        self._make_room(session, arrival.wish.replaces)
+        self._replace(session, arrival.wish.replaces)
+        self._check_room(session, None)
         named = arrival.wish.position
         resume = self._resume(session, named)
         chunk = await self._first_chunk(session, resume.after)
@@ -312,16 +332,20 @@ class Streams:
         )
         self._log_connected(connection, session, arrival, starts_at, resumed)
 
-    def _make_room(self, session: LiveSession, replaces: str | None) -> None:
-        """Keep to MAX_CONNECTIONS_PER_PLAYER. Who may be dead is asked before anybody is refused."""
+    def _replace(self, session: LiveSession, replaces: str | None) -> None:
+        """End the connection that the client has given up."""
         if replaces is not None and (old := session.connections.get(replaces)) is not None:
             old.end(SUPERSEDED)
             session.detach(old)
-        if len(session.connections) < self._context.settings.max_connections_per_player:
+
+    def _check_room(self, session: LiveSession, replaces: str | None) -> None:
+        """Keep to MAX_CONNECTIONS_PER_PLAYER. Who may be dead is asked before anybody is refused."""
+        others = [connection for connection in session.connections.values() if connection.id != replaces]
+        if len(others) < self._context.settings.max_connections_per_player:
             return
         now = trio.current_time()
         silent = []
-        for connection in session.connections.values():
+        for connection in others:
             connection.heard_bytes()
             if now - connection.liveness.heard_at > HEARD_SECONDS:
                 silent.append(connection)
@@ -438,9 +462,12 @@ class Streams:
         session.detach(connection)
         if not connection.attached:
             session.departed()
-        arrival.start_over = not arrival.answering and session.over and link.ended is None
+        # Cancelled before a word was said: the session has crashed, or was switched. Nothing is lost.
+        arrival.start_over = not arrival.answering and arrival.refusal is None and link.ended is None
         arrival.over.set()
-        if not arrival.start_over:
+        if arrival.refusal is not None and self._nursery is not None:
+            link.start = self._nursery.start_soon
+        elif not arrival.start_over:
             self._linger(link)
 
     def _linger(self, link: Link) -> None:

@@ -72,8 +72,11 @@ class Framing(Protocol):
         """*position* becomes the SSE event's id, where the control message carries one."""
         ...
 
-    def last_words(self, payload: bytes, close: Close) -> bytes:
-        """The ``disconnect`` message and whatever ends the transport."""
+    def last_words(self, payload: bytes, close: Close, retry_ms: int | None = None) -> bytes:
+        """The ``disconnect`` message and whatever ends the transport.
+
+        :param retry_ms: as it stands in the message, for clients that come back by themselves.
+        """
         ...
 
 
@@ -86,7 +89,7 @@ class WebSocketFraming:
     def control(self, payload: bytes, position: str | None = None) -> bytes:
         return text_frame(payload)
 
-    def last_words(self, payload: bytes, close: Close) -> bytes:
+    def last_words(self, payload: bytes, close: Close, retry_ms: int | None = None) -> bytes:
         return text_frame(payload) + close_frame(close.code, close.reason)
 
 
@@ -99,8 +102,8 @@ class SSEFraming:
     def control(self, payload: bytes, position: str | None = None) -> bytes:
         return sse_event(payload, position)
 
-    def last_words(self, payload: bytes, close: Close) -> bytes:
-        return sse_event(payload, None)
+    def last_words(self, payload: bytes, close: Close, retry_ms: int | None = None) -> bytes:
+        return sse_event(payload, None, retry_ms)
 
 
 WEBSOCKET: Final = WebSocketFraming()
