@@ -386,7 +386,7 @@ class Front:
             headers = (("Allow", APP_METHODS),)
         if headers is None:
             return None
-        keep = head.keep_alive and not head.has_body
+        keep = head.keep_alive and not head.has_body and not self._draining
         return response(204, b"", headers=headers, keep_alive=keep, server_id=self._settings.server_id)
 
     async def _refuse(self, link: Link, refusal: Refusal, head: Head | None) -> None:

@@ -96,18 +96,24 @@ class Posts:
                 headers=self._access.cors_headers(head),
             )
             return False
-        keep = head.keep_alive
         cors = self._access.cors_headers(head)
         server_id = self._context.hub.server_id
         try:
             status, answer = await self._route(head, visitor, body)
+            keep = self._keeps(head)
             data = http1.response(status, answer, headers=cors, keep_alive=keep, server_id=server_id)
         except Refusal as refusal:
             self._count(refusal, visitor)
             now = self._context.clock.now()
+            keep = self._keeps(head)
             data = http1.refused(refusal, now=now, server_id=server_id, headers=cors, keep_alive=keep)
         await link.send_all(data)
         return keep
+
+    def _keeps(self, head: Head) -> bool:
+        """Whether the connection carries another request. Draining it does not, and the answer must say so:
+        else the client's next request dies with it."""
+        return head.keep_alive and not self._context.draining
 
     def _count(self, refusal: Refusal, visitor: Visitor) -> None:
         self._context.statistics.error(
