@@ -105,6 +105,9 @@ class Stream:
             lambda message: "seq" in message and message["content"] == content, f"a line {content!r}", seconds
         )
 
+    def wait_seq(self, seq: int, seconds: float = WAIT_SECONDS) -> None:
+        self.wait_until(lambda: seq in self.seqs, f"message number {seq}", seconds)
+
     def wait_reply(self, id: str, seconds: float = WAIT_SECONDS) -> Message:
         return self.wait(
             lambda message: message["type"] == "reply" and message["id"] == id, f"the reply to {id}", seconds

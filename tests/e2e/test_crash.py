@@ -108,7 +108,7 @@ def test_nothing_is_missed_across_transports_and_a_crash(server: Server) -> None
             for publisher in started:
                 publisher.stop()
             promised = all_answers(started)
-            third.wait_until(lambda: third.seqs[-1] >= max(promised), "the last line")
+            third.wait_seq(max(promised))
     assert lines(first, second, third) == promised
     assert len(promised) >= 300
 
@@ -129,7 +129,7 @@ def test_a_browser_comes_back_by_itself_and_misses_nothing(server: Server) -> No
         browser.wait_event("open", count=4)
         started[0].stop()
         promised = all_answers(started)
-        browser.wait_until(lambda: browser.seqs and browser.seqs[-1] >= max(promised), "the last line")
+        browser.wait_seq(max(promised))
     assert lines(browser) == promised
     assert all(error.fields["state"] != 2 for error in browser.all("error"))
 
