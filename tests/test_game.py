@@ -515,3 +515,21 @@ def test_every_name_of_the_api_stands_on_the_page() -> None:
         for name in vars(thing):
             if not name.startswith("_"):
                 assert f"``{name}" in page or f".{name}" in page, f"{thing.__name__}.{name}"
+
+
+def test_a_handler_that_fails_has_asked_for_nothing() -> None:
+    gathering = Gathering(
+        Stage(Game()),
+        "ann",
+        "s1",
+        now=0.0,
+        randomness=SeededRandomness(1),
+        max_message_size=1000,
+    )
+    gathering.player.send("a", "b")
+    gathering.player.new_session()
+    gathering.player.disconnect("bye")
+    gathering.drop()
+    assert gathering.effects == []
+    assert not gathering.new_session_wanted
+    assert gathering.disconnect_wanted is None

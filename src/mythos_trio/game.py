@@ -288,6 +288,12 @@ class Gathering:
         """The handler has ended: every later use of what it was handed raises `GameError`."""
         self._closed = True
 
+    def drop(self) -> None:
+        """The handler has failed: it has done, and asked for, nothing."""
+        self.effects.clear()
+        self.new_session_wanted = False
+        self.disconnect_wanted = None
+
     def answer(self, content: object) -> bytes:
         """What a handler returned as the body of a `mythos_trio.core.transaction.Answer`.
 

@@ -167,7 +167,7 @@ async def presence_handler(context: Context, owed: Owed, player: Player, gatheri
     except Refusal as refusal:
         if context.draining:
             raise
-        gathering.effects.clear()
+        gathering.drop()
         log.error(
             f"Unexpected error in {name}",
             error_type=refusal.error_type.value,
@@ -175,7 +175,7 @@ async def presence_handler(context: Context, owed: Owed, player: Player, gatheri
             reason=refusal.message,
         )
     except Exception as error:
-        gathering.effects.clear()
+        gathering.drop()
         handler_failed(context, player.id, name, error)
 
 

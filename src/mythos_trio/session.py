@@ -511,10 +511,10 @@ class LiveSession:
             content = await run_handler(self._context, call, gathering, self.player_id, "on_" + entry.kind)
             return gathering.answer(content), True
         except Refusal as refusal:
-            gathering.effects.clear()
+            gathering.drop()
             return wire.error_body(refusal.error_type, refusal.message, refusal.details), False
         except Exception as error:
-            gathering.effects.clear()
+            gathering.drop()
             return handler_failed(self._context, self.player_id, "on_" + entry.kind, error), False
 
     async def _on_subscribe(self, gathering: Gathering, kind: str, channel: str) -> Any:
