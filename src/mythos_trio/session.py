@@ -188,11 +188,14 @@ class LiveSession:
         await self._arrived.wait()
 
     async def _leave(self) -> bool:
-        """Offline, if the game could be told; False if somebody came back or the store refused."""
+        """Offline, if the game could be told; False if the store refused, or a drain has begun (then no
+        handler is run any more, and the next start goes on from here)."""
+        if self._context.draining:
+            return False
         self.over = True  # newcomers wait until this is decided
         self._owe(self.presence.left())
         with trio.move_on_after(2 * self._context.settings.handler_timeout + RETRY_SECONDS):
-            while self.presence.owed or self._working:
+            while (self.presence.owed or self._working) and not self._context.draining:
                 self._paid = trio.Event()
                 self._start_working()
                 await self._paid.wait()
