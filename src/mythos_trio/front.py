@@ -196,6 +196,7 @@ class Front:
         self._room = trio.Event()
         self._idle: dict[trio.CancelScope, tuple[Link, int]] = {}
         """Kept connections that wait for a request, and what they had received when they began to."""
+        self._answering = 0
         self._exhausted = _Episode()
         self._crowded = _Episode()
 
@@ -217,6 +218,12 @@ class Front:
             for scope, (link, received) in self._idle.items():
                 if link.received_bytes == received:
                     scope.cancel()
+
+    async def wait_answered(self, seconds: float) -> None:
+        """Until every request that has come is answered, or handed over; *seconds* at most."""
+        with trio.move_on_after(seconds):
+            while self._answering:
+                await trio.sleep(0.01)
 
     def stop_accepting(self) -> None:
         """Close the listeners; connections go on. `serve` returns when the last one is through."""
@@ -348,6 +355,7 @@ class Front:
     async def _answer(self, link: Link, head: Head) -> _Then:
         """Have *head* answered. What a handler lets escape ends here, with this one connection."""
         sent = link.sent_bytes
+        self._answering += 1
         try:
             return await self._serve(link, head)
         except Refusal as refusal:
@@ -360,6 +368,8 @@ class Front:
                 raise others from None
         except Exception as error:
             self._crashed(link, head, error, sent)
+        finally:
+            self._answering -= 1
         return _Then.CLOSE
 
     async def _serve(self, link: Link, head: Head) -> _Then:

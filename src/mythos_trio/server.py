@@ -55,6 +55,8 @@ DEFAULT_GAME: Final = "mythos_trio.world:DefaultGame"
 MAX_FAILURES: Final = 1024
 # What is left of DRAIN_TIMEOUT for the last words, the marks and the store.
 LAST_SECONDS: Final = 2.0
+# After the commit an answer takes no time, but a request whose body never comes would hold up the drain.
+ANSWER_SECONDS: Final = 1.0
 # Clients are told to come back at this rate, so that a full server does not get them all at once.
 RETURNS_A_SECOND: Final = 1000
 FIRST_RETURN_MS: Final = 500
@@ -226,12 +228,13 @@ class Server:
         with self._hurry:
             with trio.move_on_at(began + max(total - LAST_SECONDS, total / 2)):
                 await self._finish_handlers(began + total / 2)
-                await self.dispatcher.wait_idle()
+                await self._finish_requests()
         self._say_goodbye()
         with trio.move_on_at(began + total) as deadline:
             await self.streams.wait_quiet()
             if self.front is not None:
                 self.front.stop_accepting()
+                await self.front.wait_answered(ANSWER_SECONDS)
             self.exit_code = await self._close_store()
         if deadline.cancelled_caught:
             self.exit_code = EXIT_FAILED
@@ -248,6 +251,14 @@ class Server:
         for scope in list(self.context.handlers):
             scope.cancel()
         await self._wait_handlers()
+
+    async def _finish_requests(self) -> None:
+        """What is queued is committed, and who waits for it, or came too late, has the answer. What asked
+        before the drain may have queued one more change in the meantime."""
+        await self.dispatcher.wait_idle()
+        if self.front is not None:
+            await self.front.wait_answered(ANSWER_SECONDS)
+        await self.dispatcher.wait_idle()
 
     async def _wait_handlers(self) -> None:
         while self.context.handlers or any(session.running_handler for session in self.hub.sessions.values()):
