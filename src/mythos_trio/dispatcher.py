@@ -12,6 +12,7 @@ who asked. A failed commit is an answer (`Refused`), not a crash.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
@@ -219,11 +220,9 @@ class Dispatcher:
                 await trio.lowlevel.checkpoint()
 
     def _tell_failure(self, connection: Connection) -> None:
-        try:
+        # If the channel is full: the checker looks at every connection at each of its rounds anyway.
+        with contextlib.suppress(trio.WouldBlock):
             self._failures.send_nowait(Failure(connection))
-        except trio.WouldBlock:
-            # The checker looks at every connection at each of its rounds anyway.
-            pass
 
     def _account(self, deliveries: list[_Delivery]) -> None:
         now = trio.current_time()

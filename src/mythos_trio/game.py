@@ -312,7 +312,7 @@ class Gathering:
         self._check_open(call)
         type_ = _checked(call, messages.message_type, type_)
         _check_fields(call, fields)
-        message_id = self._randomness.token()
+        message_id = self._randomness.message_id()
         body = _as_json(call, lambda: messages.make_body(message_id, type_, content, self._timestamp, fields))
         self._check_size(call, body)
         self._gather(Append(target, message_id, body), len(body))

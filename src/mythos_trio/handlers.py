@@ -196,7 +196,7 @@ async def pay_leave(owed: LeaveOwed, context: Context) -> None:
             stored = False
         if stored:
             presence = paid
-        else:
+        elif not context.draining:
             await trio.sleep(RETRY_SECONDS)
 
 

@@ -185,7 +185,7 @@ class Posts:
             # A retry with the same key finds the same ids, so it is known for what it is.
             id = "key-" + blake2b(f"{index}:{key}".encode(), digest_size=16).hexdigest()
         if id is None:
-            return _Item(target, message, self._context.randomness.token(), None)
+            return _Item(target, message, self._context.randomness.message_id(), None)
         digest = blake2b(target.encode() + b"\0" + message.digest, digest_size=16).digest()
         return _Item(target, message, id, digest)
 

@@ -88,6 +88,9 @@ class Registrar:
         # Sessions that were begun by POST, to what they replaced: told to who connects first.
         self._replaced: OrderedDict[tuple[str, str], str] = OrderedDict()
         self._nursery: trio.Nursery | None = None
+        # The last `on_leave` that is being run for a player: the next one, and the handlers of the
+        # player's next session, come after it.
+        self._leaving: dict[str, trio.Event] = {}
         context.switch = self._switch_for_handler
 
     @property
@@ -187,7 +190,7 @@ class Registrar:
                 )
             elif row.owed:
                 state = State.OFFLINE if row.ended_at is None else State.ENDED
-                self._start(pay_leave, LeaveOwed(row, row.end_reason or "linkdead", state), self._context)
+                self._pay_leave(LeaveOwed(row, row.end_reason or "linkdead", state))
 
     # Changes, one at a time for each player.
 
@@ -332,14 +335,11 @@ class Registrar:
         owed = evolve(row, told=leave.told.value, owed=leave.owed_text)
         if with_connection:
             fresh = self._new_row(player_id, new_id, outcome.seqs[-1], seen, presence)
-            session = LiveSession(fresh, self._context, complete=True, previous=row.session_id)
-            if leave.owed:
-                session.owe_leave(LeaveOwed(owed, "switched"))
-            self._begin_living(session)
+            self._pay_leave(LeaveOwed(owed, "switched"))
+            self._begin_living(LiveSession(fresh, self._context, complete=True, previous=row.session_id))
         else:
+            self._pay_leave(LeaveOwed(owed, "switched"))
             _remember(self._replaced, (player_id, new_id), row.session_id)
-            if leave.owed:
-                self._start(pay_leave, LeaveOwed(owed, "switched"), self._context)
         self._context.statistics.session("replaced")
         log.info(
             f"Player {player_id} switched from {row.session_id} to {new_id}",
@@ -362,7 +362,7 @@ class Registrar:
         _remember(self._removed, player_id, trio.current_time())
         if leave.owed:
             owed = evolve(row, told=leave.told.value, owed=leave.owed_text)
-            self._start(pay_leave, LeaveOwed(owed, "removed"), self._context)
+            self._pay_leave(LeaveOwed(owed, "removed"))
         return count
 
     async def _expire(self, player_id: str, session_id: str, change: _Change) -> bool:
@@ -467,8 +467,30 @@ class Registrar:
     # Sessions' tasks.
 
     def _begin_living(self, session: LiveSession) -> None:
+        session.comes_after = self._leaving.get(session.player_id)
         self._hub.add(session)
         self._start(self._watch, session)
+
+    def _pay_leave(self, owed: LeaveOwed) -> None:
+        """Run ``on_leave`` of a session that has ended, before all handlers of the player's next one.
+
+        It runs here and not in the next session, which may itself be ended before its turn comes.
+        """
+        if owed.row.owed:
+            done = trio.Event()
+            before = self._leaving.get(owed.row.player_id)
+            self._leaving[owed.row.player_id] = done
+            self._start(self._pay_leave_in_turn, owed, before, done)
+
+    async def _pay_leave_in_turn(self, owed: LeaveOwed, before: trio.Event | None, done: trio.Event) -> None:
+        try:
+            if before is not None:
+                await before.wait()
+            await pay_leave(owed, self._context)
+        finally:
+            done.set()
+            if self._leaving.get(owed.row.player_id) is done:
+                del self._leaving[owed.row.player_id]
 
     async def _watch(self, session: LiveSession) -> None:
         """Run a session's nursery, and see to what follows when it ends by itself."""

@@ -42,11 +42,9 @@ from mythos_trio.game import Command, Gathering
 from mythos_trio.handlers import (
     RETRY_SECONDS,
     Context,
-    LeaveOwed,
     draining,
     handler_failed,
     new_gathering,
-    pay_leave,
     presence_handler,
     run_handler,
 )
@@ -118,7 +116,8 @@ class LiveSession:
         self.deliveries = Deliveries(self.seen)
         self._working = False
         self._leave_reason = "linkdead"
-        self._leaves_owed: list[LeaveOwed] = []
+        # `on_leave` of the player's former session, if that is still being run: all handlers come after it.
+        self.comes_after: trio.Event | None = None
         self._arrived = trio.Event()
         self._paid = trio.Event()
         self._paying: Submission | None = None
@@ -368,11 +367,6 @@ class LiveSession:
 
     # Handlers: one task, while there is something to run.
 
-    def owe_leave(self, owed: LeaveOwed) -> None:
-        """``on_leave`` of the session that this one has replaced comes first."""
-        self._leaves_owed.append(owed)
-        self._start_working()
-
     def _owe(self, presence: Presence) -> None:
         """Note what is owed now, and the state, where that has changed."""
         if presence != self.presence or self.state is not self._noted_state:
@@ -408,7 +402,7 @@ class LiveSession:
     def _start_working(self) -> None:
         if self._working or self.nursery is None:
             return
-        if self._leaves_owed or self.presence.owed or self._commands.waiting:
+        if self.presence.owed or self._commands.waiting:
             self._working = True
             self.nursery.start_soon(self._work, name=f"handlers of {self.player_id}")
 
@@ -419,10 +413,11 @@ class LiveSession:
                 # A crash may have cancelled this nursery before this task's first step: a handler begun
                 # now would run to its first wait, and the session that follows would run it again.
                 await trio.lowlevel.checkpoint_if_cancelled()
-                if self._leaves_owed:
-                    await pay_leave(self._leaves_owed.pop(0), self._context)
+                if self.comes_after is not None:
+                    await self.comes_after.wait()
+                    self.comes_after = None
                 elif self.presence.owed:
-                    if not await self._pay_presence():
+                    if not await self._pay_presence() and not self._context.draining:
                         await trio.sleep(RETRY_SECONDS)
                 elif (entry := self._commands.next()) is not None:
                     await self._run_command(entry)
