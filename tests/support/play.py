@@ -237,6 +237,7 @@ class World:
     def __init__(self, server: Server, listener: MemoryListener) -> None:
         self.server = server
         self.listener = listener
+        self.ended = trio.Event()
 
     def wire(self) -> MemoryWire:
         return self.listener.connect()
@@ -299,21 +300,23 @@ async def play(
     )
     _lives[path] += 1
     listener = MemoryListener()
+    world = World(server, listener)
     tasks_before = count_tasks()
     try:
         async with trio.open_nursery() as nursery:
 
             async def serve(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
                 await server.serve([listener], task_status=task_status)
+                world.ended.set()
 
             await nursery.start(serve)
-            yield World(server, listener)
+            yield world
             if crash:
                 # The kernel closes what a killed process had open; nobody says a last word.
                 for wire in listener.open_wires:
                     wire.close()
                 nursery.cancel_scope.cancel()
-            else:
+            elif not server._stop.is_set():
                 await nothing_over_is_left(server, listener)
                 server.stop()
     finally:
