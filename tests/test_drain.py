@@ -146,7 +146,7 @@ async def test_what_is_queued_is_stored_delivered_and_answered(tmp_path: Path, a
     async with play(tmp_path / "m.db", game=Puppet(), hook=disk) as world:
         ann, bob = await entered(world), await entered(world, "bob")
         await ann.hear()
-        disk.write_seconds = 2
+        disk.write_seconds = 0.7
         answers: list[Any] = []
         async with trio.open_nursery() as nursery:
 
@@ -155,7 +155,7 @@ async def test_what_is_queued_is_stored_delivered_and_answered(tmp_path: Path, a
 
             nursery.start_soon(publish)
             await ann.give("line mine", "c1")
-            await trio.sleep(0.5)
+            await trio.sleep(0.2)
             world.server.stop()
             reply = await ann.until_type("reply")
             assert (reply["ok"], ann.lines) == (True, ["mine"])
