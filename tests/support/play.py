@@ -123,18 +123,22 @@ class WebSocketClient(Client):
         super().__init__(wire)
         self.protocol = wsproto.WSConnection(wsproto.ConnectionType.CLIENT)
         self.status: int | None = None
+        self.subprotocol: str | None = None
         self.body = b""
         self._events: list[Any] = []
         self._text = ""
         self.answer_pings = True
 
-    async def open(self, target: str, *, headers: list[tuple[bytes, bytes]] | None = None) -> WebSocketClient:
-        request = Request(host="localhost", target=target, extra_headers=headers or [])
+    async def open(
+        self, target: str, *, headers: list[tuple[bytes, bytes]] | None = None, subprotocols: list[str] | None = None
+    ) -> WebSocketClient:
+        request = Request(host="localhost", target=target, extra_headers=headers or [], subprotocols=subprotocols or [])
         await self.send_all(self.protocol.send(request))
         while self.status is None:
             event = await self._event()
             if isinstance(event, AcceptConnection):
                 self.status = 101
+                self.subprotocol = event.subprotocol
             elif isinstance(event, RejectConnection):
                 self.status = event.status_code
                 while not isinstance(event, RejectData) or not event.body_finished:
