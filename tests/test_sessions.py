@@ -628,3 +628,38 @@ async def test_a_crash_on_arrival_is_not_seen_by_who_arrives(tmp_path: Path, aut
             await crash(world)
             client: Any = await transport(world)
             assert client.of("welcome")
+
+
+class SlowToLeave(Puppet):
+    """Says good-bye at length."""
+
+    async def on_leave(self, player: Player, reason: str) -> None:
+        await trio.sleep(3)
+        await super().on_leave(player, reason)
+        player.world.send(player.id, "line", f"left {player.session_id}")
+
+
+async def test_every_leave_is_told_once_and_in_order_however_fast_sessions_follow_each_other(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    game = SlowToLeave()
+    async with play(tmp_path / "m.db", game=game) as world:
+        for name in ("first", "second", "third"):
+            ann = await entered(world, query=f"session_id={name}")
+            await trio.sleep(1)
+        await ann.hear(10)
+        visit = ["join ann", "leave (switched) ann"]
+        assert game.told == [*visit, *visit, "join ann"]
+        assert ann.lines == ["left first", "left second"]
+
+
+async def test_who_comes_back_while_the_leave_is_told_is_joined_after_it(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    game = SlowToLeave()
+    async with play(tmp_path / "m.db", game=game) as world:
+        await entered(world)
+        await world.request("DELETE", "/api/connections/ann")
+        back = await entered(world)
+        assert (await back.command("line hi"))["ok"] is True
+        assert game.told == ["join ann", "leave (removed) ann", "join ann"]
