@@ -8,8 +8,8 @@ are looked at by the link's `FrameScanner`, in bytes, before trio-websocket has 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 # word is, if it is the only other one: a browser that has offered subprotocols fails the connection when none
 # is chosen (Fetch standard, "establish a WebSocket connection").
 SUBPROTOCOLS: Final = ("mythos-protocol", "bearer")
-HANDSHAKE_SECONDS: Final = 10.0
+# Less than a switch waits for the session that it ends.
+HANDSHAKE_SECONDS: Final = 4.0
 RECEIVE_BYTES: Final = 4096
 
 
@@ -60,7 +61,10 @@ class WebSocketTransport:
         link.push_back(head.raw)
         stream = _Stream(link, len(head.raw))
         async with trio.open_nursery() as nursery:
-            with trio.fail_after(HANDSHAKE_SECONDS):
+            # The head has come and the socket is empty, so this waits for nobody. Cut off in the middle,
+            # by a switch, the client would get an end without a word.
+            nursery.cancel_scope.shield = True
+            with trio.fail_after(HANDSHAKE_SECONDS), _broken_if_closed():
                 # trio-websocket counts characters, and only when they have come: the link's scanner
                 # counts bytes, from the frame's header on.
                 request = await wrap_server_stream(
@@ -71,6 +75,7 @@ class WebSocketTransport:
                     subprotocol=chosen, extra_headers=[(b"Server-Id", self._server_id.encode())]
                 )
                 stream.accepted.set()
+            nursery.cancel_scope.shield = False
             yield WebSocketChannel(connection, self._streams)
             nursery.cancel_scope.cancel()
 
@@ -93,6 +98,15 @@ class WebSocketTransport:
 
     def welcome(self, payload: bytes, position: str) -> bytes:
         return self.framing.control(payload)
+
+
+@contextmanager
+def _broken_if_closed() -> Iterator[None]:
+    """The client has gone in the middle of the handshake."""
+    try:
+        yield
+    except ConnectionClosed as closed:
+        raise trio.BrokenResourceError from closed
 
 
 class _Stream(trio.abc.Stream):
