@@ -546,8 +546,8 @@ class Simulation:
             )
             assert current is not None  # for the type checker: required above
             told = current.told[-1] if current.told else ""
-            wanted = {"join", "return"} if live.online else {"join", "return", "linkdead"}
-            require(told in wanted, "the game knows who is there", state=live.state, told=current.told)
+            there = told in ("join", "return")
+            require(there or not live.online, "the game knows who is there", state=live.state, told=current.told)
             require(bool(live.connections) == live.online, "online is having a connection", session=live.session_id)
             channels = {interval.channel for interval in current.intervals if interval.end is None}
             require(set(live.channels) == channels, "subscriptions are as stored", live=live.channels, model=channels)
@@ -763,7 +763,7 @@ class Connect:
                 while connection.open and not received.items:
                     await trio.sleep(0.01)
             if not received.items:
-                life.check_answered(began, connection=connection)
+                life.check_answered(began, connection=str(connection))
             first = received.items[0] if received.items else {"type": "nothing"}
             code = first.get("code", 0) if first["type"] != "nothing" else 1
         else:

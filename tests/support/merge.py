@@ -56,7 +56,8 @@ class View:
             self.number = min(self.number, gap["shared"])
         self.epoch = max(epoch, self.epoch)
         self.gaps.append((after, position, gap["reason"]))
-        if gap["reason"] == "future":
+        # Only if it still has the number that was too large: another connection may have told it already.
+        if gap["reason"] == "future" and self.number == after:
             self.number = position
 
 
