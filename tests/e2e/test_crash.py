@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.clients import CurlSSE, EventSource, HttpxSSE, Stream, WebSocket
+from tests.e2e.clients import CurlSSE, EventSource, HttpxSSE, Message, Stream, WebSocket
 from tests.e2e.conftest import Make
 from tests.e2e.servers import PUPPET, Server, wait_until
 
@@ -80,6 +80,13 @@ def all_answers(started: list[Publisher]) -> dict[int, str]:
     return dict(sorted(answers))
 
 
+def whole(server: Server, upto: int) -> list[Message]:
+    """All of alice's stream, up to a number, as one client gets it that has missed everything."""
+    with WebSocket(f"{server.ws_url}/ws/alice?position=1-0") as client:
+        client.wait_seq(upto)
+        return [message for message in client.numbered if message["seq"] <= upto]
+
+
 def lines(*parts: Stream) -> dict[int, str]:
     """What clients that followed each other have seen, as one stream."""
     seen = [(m["seq"], m["id"]) for part in parts for m in part.numbered if m["type"] == "line"]
@@ -110,6 +117,9 @@ def test_nothing_is_missed_across_transports_and_a_crash(server: Server) -> None
             promised = all_answers(started)
             third.wait_seq(max(promised))
     assert lines(first, second, third) == promised
+    # And what the game has said: that alice was gone, and is back.
+    seen = [message for part in (first, second, third) for message in part.numbered if message["seq"] <= max(promised)]
+    assert seen == whole(server, max(promised))
     assert len(promised) >= 300
 
 
@@ -131,6 +141,7 @@ def test_a_browser_comes_back_by_itself_and_misses_nothing(server: Server) -> No
         promised = all_answers(started)
         browser.wait_seq(max(promised))
     assert lines(browser) == promised
+    assert [m for m in browser.numbered if m["seq"] <= max(promised)] == whole(server, max(promised))
     assert all(error.fields["state"] != 2 for error in browser.all("error"))
 
 

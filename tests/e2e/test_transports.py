@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 
+import pytest
+
 from tests.e2e.clients import CurlSSE, EventSource, HttpxSSE, NodeWebSocket, WebSocket, Wscat, tool
 from tests.e2e.servers import Server
 
@@ -74,6 +76,12 @@ def test_every_client_sees_the_same(server: Server) -> None:
             assert client.seqs[-20:] == [answer["seq"] for answer in answers]
             ids = [message["id"] for message in client.numbered[-20:]]
             assert ids == [answer["id"] for answer in answers]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "[::1]"])
+def test_localhost_is_both_its_addresses(server: Server, address: str) -> None:
+    with CurlSSE(f"http://{address}:{server.port}/sse/alice") as sse:
+        assert sse.welcome["player_id"] == "alice"
 
 
 def test_mail_waits_for_a_player_who_is_not_there(server: Server) -> None:
