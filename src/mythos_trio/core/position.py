@@ -124,10 +124,11 @@ class Interval:
         """The newest number of this interval that retention has surely taken; 0 if none.
 
         Contract, section 4: x is ``removed``, for a closed interval the smaller of ``removed`` and
-        ``last``; it counts if it is not below the start.
+        ``last``. It counts if it is above *start*: a player's mail starts above the mark of the session
+        before, which is often a message's number, and that message is not of this session.
         """
         x = removed if self.end is None else min(removed, self.last)
-        return x if x >= self.start and x > 0 else 0
+        return x if x > self.start else 0
 
 
 def lost_after(intervals: Sequence[tuple[Interval, int]], after: int) -> int:
