@@ -70,7 +70,7 @@ async def line(world: World, text: str, player: str = "ann", **fields: Any) -> d
 async def test_who_is_idle_is_never_timed_out(tmp_path: Path, autojump_clock: MockClock, transport: Any) -> None:
     async with play(tmp_path / "m.db", game=Puppet(), connection_timeout=300) as world:
         ann = await transport(world)
-        await reading(ann, 3000)
+        await reading(ann, 1000)
         assert not ann.over
         await line(world, "still here")
         await ann.until_type("line")
