@@ -434,3 +434,17 @@ def test_peek_reads_without_believing() -> None:
     assert (header["alg"], claims["sub"]) == ("HS256", "alice")
     with pytest.raises(TokenError):
         peek("nonsense")
+
+
+def test_a_forged_token_is_an_error_in_the_log_once_for_each_address() -> None:
+    rules = access(secret_key=KEY)
+    forged = jwt.encode({"sub": "ann"}, "x" * 32, algorithm="HS256")
+    with logs.capture() as lines:
+        for _ in range(3):
+            rules.check(head(authorization=f"Bearer {forged}"), "127.0.0.1")
+        rules.check(head(), "127.0.0.1")
+    errors = [line for line in lines if line["level"] == "ERROR"]
+    assert [line["event"] for line in errors] == ["Authentication error in GET /health"]
+    assert errors[0]["error_type"] == "authentication_error"
+    assert errors[0]["reason"] == "bad_signature"
+    assert forged not in repr(lines)

@@ -34,6 +34,8 @@ LEEWAY: Final = 60.0
 # Addresses and origins that have been warned about. Beyond it there are no further warnings: the
 # refusals themselves are still logged by who is refusing.
 MAX_WARNED: Final = 1024
+# How much of a path is logged.
+SHOWN: Final = 200
 
 Reason: TypeAlias = Literal["missing", "malformed", "bad_signature", "expired"]
 Headers: TypeAlias = tuple[tuple[str, str], ...]
@@ -244,10 +246,14 @@ class Access:
         return parsed is not None and any(parsed in network for network in self._trusted)
 
     def _warn_once(self, key: str, event: str, **fields: Any) -> None:
+        if self._first_time(key):
+            _log.warning(event, **fields)
+
+    def _first_time(self, key: str) -> bool:
         if key in self._warned or len(self._warned) >= MAX_WARNED:
-            return
+            return False
         self._warned.add(key)
-        _log.warning(event, **fields)
+        return True
 
     # Protected mode.
 
@@ -360,7 +366,20 @@ class Access:
             claims = self.verify(find_token(head))
         except TokenError as error:
             problem = error
+            self._tell_forged(head, visitor, error)
         return evolve(visitor, claims=claims, token_error=problem)
+
+    def _tell_forged(self, head: RequestHead, visitor: Visitor, error: TokenError) -> None:
+        """A token that nobody here has signed is worth an ERROR, once for each address and reason; one that is
+        missing or has expired is everyday."""
+        key = f"{error.reason} {visitor.address}"
+        if error.reason in ("malformed", "bad_signature") and self._first_time(key):
+            _log.error(
+                f"Authentication error in {head.method} {head.path[:SHOWN]}",
+                error_type=ErrorType.AUTHENTICATION.value,
+                reason=error.reason,
+                address=visitor.address,
+            )
 
     def verify(self, token: str | None) -> Claims:
         """What *token* says, or `TokenError`. Without ``SECRET_KEY`` no token is good."""

@@ -371,6 +371,13 @@ class Streams:
                 session.player_id, session.session_id, after, newest, READ_MESSAGES
             )
         except StoreError as error:
+            log.error(
+                f"Failed to recover connection for {session.player_id}",
+                error_type=ErrorType.PERSISTENCE.value,
+                player_id=session.player_id,
+                session_id=session.session_id,
+                reason=str(error),
+            )
             raise Refusal(ErrorType.PERSISTENCE, str(error), status=503, close=BUSY, retry_ms=PROBE_RETRY_MS) from None
 
     def _first_words(
