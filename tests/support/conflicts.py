@@ -762,7 +762,7 @@ class Connect:
             with trio.move_on_after(60):
                 while connection.open and not received.items:
                     await trio.sleep(0.01)
-            if not received.items:
+            if not received.items and connection.reachable:
                 life.check_answered(began, connection=str(connection))
             first = received.items[0] if received.items else {"type": "nothing"}
             code = first.get("code", 0) if first["type"] != "nothing" else 1
@@ -772,15 +772,18 @@ class Connect:
         if received.welcomed:
             before.check_welcome(sim, self.player, wanted, received)
             if received.named is not None:
-                self._note_named(sim, received)
+                self._note_named(sim, received, before)
         else:
             before.check_refusal(sim, self, wanted, code)
 
-    def _note_named(self, sim: Simulation, received: Received) -> None:
+    def _note_named(self, sim: Simulation, received: Received, before: Before) -> None:
         epoch, seq = parse(received.named or "0-0")
+        if epoch != received.epoch:
+            return
         # After a crash numbers go on above those that had been set aside: what lies between is no future.
-        if epoch == received.epoch and seq <= sim.life.server.hub.newest:
+        if seq <= sim.life.server.hub.newest:
             sim.claimed[self.player] = max(sim.claimed[self.player], seq)
+        if seq <= before.newest and sim.lives == before.life:
             key = self.player, received.session_id
             sim.acknowledged[key] = max(sim.acknowledged.get(key, 0), seq)
 
@@ -797,6 +800,7 @@ class Before:
     known: frozenset[str]
     life: int
     begun: int
+    newest: int
 
     @classmethod
     def of(cls, sim: Simulation, player: str, wanted: str | None) -> Before:
@@ -812,6 +816,7 @@ class Before:
             frozenset(id for name, id in sim.history.sessions if name == player),
             sim.lives,
             sim.begun,
+            sim.life.server.hub.newest,
         )
 
     def still_alone(self, sim: Simulation) -> bool:
