@@ -124,11 +124,16 @@ class Checker:
             if connection.over is None and connection.link.ended is not None:
                 connection.end(connection.link.ended, by=connection.link.ended_by)
 
+    async def _pause(self, seconds: float) -> bool:
+        """Wait; False if the server is stopping: a drain needs the writer for what is queued, and writes the last
+        marks itself."""
+        await trio.sleep(seconds)
+        return not self._context.draining
+
     # What is written behind, and what goes.
 
     async def note_forever(self) -> None:
-        while True:
-            await trio.sleep(NOTE_SECONDS)
+        while await self._pause(NOTE_SECONDS):
             await self.note()
 
     async def note(self) -> bool:
@@ -144,8 +149,7 @@ class Checker:
         return True
 
     async def clean_forever(self) -> None:
-        while True:
-            await trio.sleep(self._context.settings.cleanup_interval)
+        while await self._pause(self._context.settings.cleanup_interval):
             await self.clean()
 
     async def clean(self) -> None:
@@ -165,7 +169,7 @@ class Checker:
                 cleaned = await context.hub.storage.clean(bounds)
                 for name in ("messages", "sessions", "answers", "subscriptions", "requests", "expired_mail"):
                     counts[name] = counts.get(name, 0) + getattr(cleaned, name)
-                if not cleaned.more:
+                if not cleaned.more or context.draining:
                     break
         except StoreError as error:
             database_log.warning("Clean-up postponed", error_type=ErrorType.PERSISTENCE.value, reason=str(error))
@@ -203,8 +207,7 @@ class Checker:
 
     async def probe_store_forever(self) -> None:
         """A tiny write now and then, so that trouble is seen, and seen to be over, without traffic."""
-        while True:
-            await trio.sleep(PROBE_SECONDS)
+        while await self._pause(PROBE_SECONDS):
             try:
                 await self._context.hub.storage.probe()
             except StoreError as error:

@@ -45,6 +45,10 @@ COMMIT_SECONDS: Final = 30.0
 ANSWER_SECONDS: Final = 20.0
 
 
+# The status of replies that no handler has given: the command has not been run, or it counts for nothing.
+_NOT_RUN: Final[Mapping[str, int]] = {ErrorType.PERSISTENCE: 503, ErrorType.CAPACITY: 503, ErrorType.SESSION: 409}
+
+
 @frozen
 class _Item:
     """One publication of a request."""
@@ -242,8 +246,8 @@ class Posts:
         position = hub.newest if asker.position is None else asker.position
         answer = decode_json(asker.reply)
         kind = "" if answer["ok"] else answer["error"]["error_type"]
-        not_run = kind in (ErrorType.PERSISTENCE, ErrorType.CAPACITY)
-        return 503 if not_run else 200, wire.reply(asker.command_id, asker.reply, f"{hub.epoch}-{position}")
+        status = _NOT_RUN.get(kind, 200)
+        return status, wire.reply(asker.command_id, asker.reply, f"{hub.epoch}-{position}")
 
     def _ack(self, player: str, value: dict[str, Any]) -> bytes:
         _check_fields(value, {"type", "id", "position", "session_id", "connection_id"})
