@@ -138,3 +138,15 @@ def test_giving_up_everything() -> None:
     queue.next()
     assert [e.id for e in queue.abandon()] == ["a", "b", "c"]
     assert (queue.running, queue.waiting, queue.next()) == (None, 0, None)
+
+
+def test_what_was_given_up_can_end_late_without_touching_what_runs_now() -> None:
+    queue = commands()
+    queue.submit(entry("a"), "ann")
+    given_up = queue.next()
+    assert given_up is not None
+    queue.abandon()
+    queue.submit(entry("b"), "bob")
+    running = queue.next()
+    queue.finish(given_up, None)
+    assert queue.running is running
