@@ -760,7 +760,7 @@ class Connect:
             sim.connections.append(connection)
             sim.nursery.start_soon(sim.read, connection, name="client's reader")
             with trio.move_on_after(60):
-                while connection.open and not received.items:
+                while connection.open and connection.reachable and not received.items:
                     await trio.sleep(0.01)
             if not received.items and connection.reachable:
                 life.check_answered(began, connection=str(connection))
@@ -769,6 +769,8 @@ class Connect:
         else:
             client.close()
         sim.tell(f"{connection}: {'welcome to ' + received.session_id if received.welcomed else code}")
+        if not connection.reachable and not received.items:
+            return  # somebody has cut it in the meantime
         if received.welcomed:
             before.check_welcome(sim, self.player, wanted, received)
             if received.named is not None:
