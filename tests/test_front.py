@@ -539,7 +539,7 @@ async def test_a_client_that_never_reads_its_answers_is_reset(door: Door, autoju
             await stream.send_all(requests)
 
     began = trio.current_time()
-    async with trio.open_nursery() as nursery:
+    async with trio.open_nursery() as nursery:  # noqa: ASYNC112
         nursery.start_soon(send)
     assert 10 <= trio.current_time() - began < 12
     assert door.listener.wires[0].was_reset

@@ -495,7 +495,7 @@ async def test_tasks_of_players_and_the_tree(stand: Stand, nursery: trio.Nursery
 
 
 async def nested() -> None:
-    async with trio.open_nursery() as nursery:
+    async with trio.open_nursery() as nursery:  # noqa: ASYNC112
         nursery.start_soon(trio.sleep_forever, name="the nested one")
 
 

@@ -74,7 +74,7 @@ class Scene:
             try:
                 for step in steps:
                     step()
-            except BaseException as error:
+            except BaseException as error:  # noqa: ASYNC103  # a thread without Trio
                 failures.append(error)
                 os.kill(os.getpid(), signal.SIGTERM)
 

@@ -176,19 +176,19 @@ def _start(reading: config.Reading, run: Callable[[], int]) -> int:
         for text in reading.warnings:
             logs.get("server").warning(text)
         return run()
-    except BaseException as error:
+    except BaseException as error:  # noqa: ASYNC103  # no task runs any more
         failure = _failure(_cause(error), settings)
         if failure is None:
             if isinstance(error, Exception | BaseExceptionGroup):
                 logs.get("server").critical("Unexpected error in the server: the process ends", exc_info=error)
-                return EXIT_FAILED
+                return EXIT_FAILED  # noqa: ASYNC104
             raise
         # Once is enough for the console, where it is said in a person's words.
         running.mute_console()
         log = logs.get("server")
         log.critical(failure.cause, error_type=failure.error_type.value, fix=failure.fix, exit_code=failure.code)
         _fail(failure)
-        return failure.code
+        return failure.code  # noqa: ASYNC104
     finally:
         running.close()
 

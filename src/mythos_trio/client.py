@@ -177,7 +177,7 @@ class DualClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         assert self._context is not None
-        return await self._context.__aexit__(kind, error, trace)
+        return await self._context.__aexit__(kind, error, trace)  # noqa: ASYNC102  # it is the nursery's end
 
     @asynccontextmanager
     async def _open_for_use(self) -> AsyncIterator[None]:
