@@ -61,7 +61,7 @@ SETTINGS: dict[str, Any] = {
     "pong_timeout": 3.0,
     "cleanup_interval": 7.0,
     "message_retention": RETENTION,
-    "message_retention_count": 8,
+    "message_retention_count": 4,
     "drain_timeout": 8.0,
     "write_timeout": 2.0,
     "max_connections_per_player": 4,
@@ -217,6 +217,10 @@ class Page:
     view: View = field(factory=View)
     session_id: str | None = None
     connections: dict[TransportName, Connection] = field(factory=dict)
+
+    def open_connection(self, *transports: TransportName) -> Connection | None:
+        found = (self.connections.get(transport) for transport in transports)
+        return next((connection for connection in found if connection is not None and connection.open), None)
 
 
 @define(eq=False)
@@ -484,11 +488,9 @@ class Simulation:
         if life.server.dispatcher.queued:
             why.append(f"{life.server.dispatcher.queued} transactions wait")
         for session_ in hub.sessions.values():
-            if session_.running_handler or session_.presence.owed or session_.over or session_.arriving:
-                why.append(
-                    f"{session_.player_id}: working={session_.running_handler} owed={session_.presence.owed_text}"
-                    f" over={session_.over} arriving={session_.arriving}"
-                )
+            busy = session_.running_handler or session_.arriving or session_.over
+            if busy or session_.presence.owed:
+                why.append(f"{session_.player_id} is busy, or owes {session_.presence.owed_text}")
         ours = {c.received.connection_id for c in self.connections if c.open and c.reachable and c.received.welcomed}
         if ours - hub.connections.keys():
             why.append(f"the server does not know {ours - hub.connections.keys()}")
@@ -608,7 +610,7 @@ class Simulation:
 
     def _check_replies(self) -> None:
         for key, replies in self.replies.items():
-            player, session_id, id = key
+            player, _, id = key
             run = self.history.runs.get(key)
             kinds = self.sent.get((player, "", id), set())
             for reply in replies:
@@ -762,15 +764,15 @@ class Connect:
             with trio.move_on_after(60):
                 while connection.open and connection.reachable and not received.items:
                     await trio.sleep(0.01)
-            if not received.items and connection.reachable:
+            if not received.items and connection.reachable and not connection.scope.cancel_called:
                 life.check_answered(began, connection=str(connection))
             first = received.items[0] if received.items else {"type": "nothing"}
             code = first.get("code", 0) if first["type"] != "nothing" else 1
         else:
             client.close()
         sim.tell(f"{connection}: {'welcome to ' + received.session_id if received.welcomed else code}")
-        if not connection.reachable and not received.items:
-            return  # somebody has cut it in the meantime
+        if not received.items and (connection.scope.cancel_called or not connection.reachable):
+            return  # somebody has dropped it in the meantime
         if received.welcomed:
             before.check_welcome(sim, self.player, wanted, received)
             if received.named is not None:
@@ -853,8 +855,9 @@ class Drop:
     how: str
 
     async def play(self, sim: Simulation) -> None:
-        connection = sim.pages[self.player, self.page].connections.get(self.transport)
-        if connection is None or not connection.open:
+        other: TransportName = "sse" if self.transport == "ws" else "ws"
+        connection = sim.pages[self.player, self.page].open_connection(self.transport, other)
+        if connection is None:
             return
         sim.tell(f"{connection}: {self.how}")
         wire = connection.client.wire
@@ -881,7 +884,8 @@ class Drop:
 
 @frozen
 class Say:
-    """A command, by WebSocket or POST. *id*: new, again (the page's newest), other (that one's id, another content)."""
+    """A command, by WebSocket or, also if the page has none, by POST. *id*: new, again (the page's newest),
+    other (that one's id with another content)."""
 
     player: str
     page: int
@@ -899,9 +903,7 @@ class Say:
         sim.last_said[self.player, self.page] = id, do
         sim.sent.setdefault((self.player, "", id), set()).add(do)
         request = {"type": "command", "id": id, "content": {"do": do}}
-        if self.by == "ws":
-            await say(sim, page, request)
-        else:
+        if self.by == "post" or not await say(sim, page, request):
             session_id = page.session_id
             body = request | ({"session_id": session_id} if session_id else {})
             live = sim.life.server.hub.sessions.get(self.player)
@@ -916,8 +918,8 @@ class Say:
 
 
 async def say(sim: Simulation, page: Page, request: dict[str, Any]) -> bool:
-    connection = page.connections.get("ws")
-    if connection is None or not connection.open or not isinstance(connection.client, WebSocketClient):
+    connection = page.open_connection("ws")
+    if connection is None or not isinstance(connection.client, WebSocketClient):
         return False
     sim.tell(f"{connection}: says {request}")
     try:
@@ -938,9 +940,8 @@ class Subscribe:
 
     async def play(self, sim: Simulation) -> None:
         kind = "subscribe" if self.on else "unsubscribe"
-        if self.by == "ws":
-            request = {"type": kind, "id": f"m{next(sim.numbers)}", "channel": self.channel}
-            await say(sim, sim.pages[self.player, self.page], request)
+        request = {"type": kind, "id": f"m{next(sim.numbers)}", "channel": self.channel}
+        if self.by == "ws" and await say(sim, sim.pages[self.player, self.page], request):
             return
         before = Before.of(sim, self.player, None)
         path = f"/api/connections/{self.player}/subscriptions"
@@ -1048,8 +1049,7 @@ class Ack:
         if number > sim.history.newest:
             return
         sim.claimed[self.player] = max(sim.claimed[self.player], number)
-        if self.by == "ws":
-            await say(sim, page, {"type": "ack", "position": position})
+        if self.by == "ws" and await say(sim, page, {"type": "ack", "position": position}):
             return
         session_id = page.session_id
         body = {"position": position} | ({"session_id": session_id} if session_id else {})
