@@ -25,11 +25,11 @@ def test_a_grace_time_that_runs_out_during_a_drain_waits_for_the_next_start() ->
     )
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_drain_answers_who_has_asked_before(seed: int) -> None:
+def test_a_drain_answers_who_has_asked_before() -> None:
     """The process stopped between the commit and the 202, or in the middle of a client's beginning."""
-    late: list[tuple[Step, Pause]] = [(Publish(("ann", "bob")), 3), (Connect("ann", 0, "ws"), 3), (Wait(0.01), 0)]
-    run([(Stick(0.5), "done"), *late, (Restart("drain"), "quiet")], seed)
+    late: list[tuple[Step, Pause]] = [(Connect("ann", 0, "ws"), 1), (Publish(("ann",)), 0), (Wait(0.01), 0)]
+    for seed in range(10):  # it took half of them
+        run([*late, (Restart("drain"), "quiet")], seed)
 
 
 async def test_a_session_that_goes_offline_during_another_change_is_forgotten(
@@ -72,10 +72,10 @@ def test_a_session_whose_handlers_commit_hangs_stays() -> None:
     )
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_a_switch_in_the_middle_of_a_handshake_is_told(seed: int) -> None:
+def test_a_switch_in_the_middle_of_a_handshake_is_told() -> None:
     """The client got the end of its connection, and not a word."""
-    run([(Switch("ann", "new"), 0), (Connect("ann", 0, "ws", "new"), "quiet")], seed)
+    for seed in range(30, 50):  # it took one in seven
+        run([(Switch("ann", "new"), 0), (Connect("ann", 0, "ws", "new"), "quiet")], seed)
 
 
 def test_a_message_that_the_session_before_has_seen_is_no_gap_of_the_next_one() -> None:
