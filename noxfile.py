@@ -63,8 +63,8 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The tests but for those of whole processes, with coverage."""
-    install(session, "test")
+    """The tests but for those of whole processes, with coverage. (One of them runs mypy on the documentation.)"""
+    install(session, "test", "types")
     session.run("coverage", "erase")
     session.run("coverage", "run", "-m", "pytest", "--ignore=tests/e2e", *session.posargs)
     if session.posargs:

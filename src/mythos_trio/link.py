@@ -95,6 +95,7 @@ class Link(trio.abc.HalfCloseableStream):
         "socket",
         "start",
         "unsent",
+        "violation",
         "write_timeout",
     )
 
@@ -128,6 +129,8 @@ class Link(trio.abc.HalfCloseableStream):
         """Looks over what is received before the receiver sees it."""
         self.on_pong: Callable[[bytes], None] | None = None
         self.on_violation: Callable[[Close], None] | None = None
+        self.violation: Close | None = None
+        """What `on_violation` was told, or would have been: it may happen before anybody listens."""
         self.last_received = trio.current_time()
         """`trio.current_time` of the last byte from the peer."""
         self.received_bytes = 0
@@ -438,6 +441,7 @@ class Link(trio.abc.HalfCloseableStream):
         return kept
 
     def _tell_violation(self, close: Close) -> None:
+        self.violation = close
         if self.on_violation is not None:
             self.on_violation(close)
 

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from mythos_trio.link import Link
     from mythos_trio.seams import Clock
 
-SUBPROTOCOL: Final = "mythos-protocol"
+# In order of preference. "bearer" stands before a token (`mythos_trio.access`), which is never sent back; the
+# word is, if it is the only other one: a browser that has offered subprotocols fails the connection when none
+# is chosen (Fetch standard, "establish a WebSocket connection").
+SUBPROTOCOLS: Final = ("mythos-protocol", "bearer")
 HANDSHAKE_SECONDS: Final = 10.0
 RECEIVE_BYTES: Final = 4096
 
@@ -55,17 +58,19 @@ class WebSocketTransport:
         # looked at too.
         link.scanner = FrameScanner(self._max_message_size, skip=len(head.raw))
         link.push_back(head.raw)
+        stream = _Stream(link, len(head.raw))
         async with trio.open_nursery() as nursery:
             with trio.fail_after(HANDSHAKE_SECONDS):
                 # trio-websocket counts characters, and only when they have come: the link's scanner
                 # counts bytes, from the frame's header on.
                 request = await wrap_server_stream(
-                    nursery, _Stream(link), max_message_size=self._max_message_size, receive_buffer_size=RECEIVE_BYTES
+                    nursery, stream, max_message_size=self._max_message_size, receive_buffer_size=RECEIVE_BYTES
                 )
-                chosen = SUBPROTOCOL if SUBPROTOCOL in request.proposed_subprotocols else None
+                chosen = next((name for name in SUBPROTOCOLS if name in request.proposed_subprotocols), None)
                 connection = await request.accept(
                     subprotocol=chosen, extra_headers=[(b"Server-Id", self._server_id.encode())]
                 )
+                stream.accepted.set()
             yield WebSocketChannel(connection, self._streams)
             nursery.cancel_scope.cancel()
 
@@ -93,10 +98,16 @@ class WebSocketTransport:
 class _Stream(trio.abc.Stream):
     """The link as trio-websocket sees it. When trio-websocket closes it, the link stays open: what the last
     words are, and how long the peer has to take them, is for the connection to say. (Text that is not
-    UTF-8 makes trio-websocket 0.12 close without a close frame, and the client would see 1006.)"""
+    UTF-8 makes trio-websocket 0.12 close without a close frame, and the client would see 1006.)
 
-    def __init__(self, link: Link) -> None:
+    What comes behind the handshake, *head_bytes*, is handed over only when that has been answered: wsproto 1.3
+    loses what it is given earlier.
+    """
+
+    def __init__(self, link: Link, head_bytes: int) -> None:
         self._link = link
+        self._head_bytes = head_bytes
+        self.accepted = trio.Event()
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await self._link.send_all(data)
@@ -105,7 +116,11 @@ class _Stream(trio.abc.Stream):
         await self._link.wait_sent()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        return await self._link.receive_some(max_bytes)
+        if self._head_bytes <= 0:
+            await self.accepted.wait()
+        data = await self._link.receive_some(max_bytes)
+        self._head_bytes -= len(data)
+        return data
 
     async def aclose(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -131,6 +146,8 @@ class WebSocketChannel:
         link = connection.link
         link.on_pong = connection.ponged
         link.on_violation = connection.end
+        if link.violation is not None:
+            connection.end(link.violation)
         with suppress(ConnectionClosed):
             while connection.over is None:
                 await connection.wait_reply_room()

@@ -123,18 +123,22 @@ class WebSocketClient(Client):
         super().__init__(wire)
         self.protocol = wsproto.WSConnection(wsproto.ConnectionType.CLIENT)
         self.status: int | None = None
+        self.subprotocol: str | None = None
         self.body = b""
         self._events: list[Any] = []
         self._text = ""
         self.answer_pings = True
 
-    async def open(self, target: str, *, headers: list[tuple[bytes, bytes]] | None = None) -> WebSocketClient:
-        request = Request(host="localhost", target=target, extra_headers=headers or [])
+    async def open(
+        self, target: str, *, headers: list[tuple[bytes, bytes]] | None = None, subprotocols: list[str] | None = None
+    ) -> WebSocketClient:
+        request = Request(host="localhost", target=target, extra_headers=headers or [], subprotocols=subprotocols or [])
         await self.send_all(self.protocol.send(request))
         while self.status is None:
             event = await self._event()
             if isinstance(event, AcceptConnection):
                 self.status = 101
+                self.subprotocol = event.subprotocol
             elif isinstance(event, RejectConnection):
                 self.status = event.status_code
                 while not isinstance(event, RejectData) or not event.body_finished:
@@ -237,6 +241,7 @@ class World:
     def __init__(self, server: Server, listener: MemoryListener) -> None:
         self.server = server
         self.listener = listener
+        self.ended = trio.Event()
 
     def wire(self) -> MemoryWire:
         return self.listener.connect()
@@ -299,21 +304,23 @@ async def play(
     )
     _lives[path] += 1
     listener = MemoryListener()
+    world = World(server, listener)
     tasks_before = count_tasks()
     try:
         async with trio.open_nursery() as nursery:
 
             async def serve(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
                 await server.serve([listener], task_status=task_status)
+                world.ended.set()
 
             await nursery.start(serve)
-            yield World(server, listener)
+            yield world
             if crash:
                 # The kernel closes what a killed process had open; nobody says a last word.
                 for wire in listener.open_wires:
                     wire.close()
                 nursery.cancel_scope.cancel()
-            else:
+            elif not server._stop.is_set():
                 await nothing_over_is_left(server, listener)
                 server.stop()
     finally:
