@@ -25,8 +25,8 @@ from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar
 from attrs import frozen
 
 from mythos_trio.core import messages, names, wire
-from mythos_trio.core.errors import Refusal
 from mythos_trio.core.data import Value, check_key, max_bytes, player_key
+from mythos_trio.core.errors import Refusal
 from mythos_trio.core.transaction import (
     MAX_EFFECT_BYTES,
     MAX_EFFECTS,
@@ -589,8 +589,8 @@ class Gathering:
     def _weigh(self, size: int) -> None:
         if self._bytes + size > MAX_EFFECT_BYTES:
             raise GameError(
-                f"one handler's messages and data may have {MAX_EFFECT_BYTES:,} bytes in all. Send less, or publish once to "
-                "a channel instead of the same to each player."
+                f"one handler's messages and data may have {MAX_EFFECT_BYTES:,} bytes in all. Send less, or "
+                "publish once to a channel instead of the same to each player."
             )
         self._bytes += size
 
@@ -648,6 +648,8 @@ HANDLERS: Final = {
     "on_join": ("player",),
     "on_command": ("player", "command"),
     "on_subscribe": ("player", "channel"),
+    "on_timer": ("player", "name", "value"),
+    "on_world_timer": ("world", "name", "value"),
     "on_linkdead": ("player",),
     "on_return": ("player",),
     "on_leave": ("player", "reason"),

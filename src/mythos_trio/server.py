@@ -29,7 +29,7 @@ from mythos_trio.core.errors import DRAIN, ErrorType
 from mythos_trio.dispatcher import Dispatcher, Failure
 from mythos_trio.front import Front
 from mythos_trio.game import Game, load_game
-from mythos_trio.handlers import Context, GameRunner
+from mythos_trio.handlers import Context, GameRunner, WorldTimers
 from mythos_trio.hub import Hub
 from mythos_trio.monitor import Monitor, Stage
 from mythos_trio.net import Listener, open_listeners
@@ -151,7 +151,7 @@ class Server:
         """Open the store and take over what it holds. Raises `StoreUnusable`."""
         self._recovered = recovered = await self.storage.open()
         database_log.info("Database connection successful", driver="sqlite3", recovered=len(recovered.sessions))
-        self.hub.start(recovered.epochs, recovered.newest)
+        self.hub.start(recovered)
         return recovered
 
     async def serve(
@@ -177,6 +177,7 @@ class Server:
             await nursery.start(self.registrar.run, name="registrar")
             await nursery.start(self.streams.run, name="streams")
             nursery.start_soon(monitor.watch, name="monitor")
+            nursery.start_soon(WorldTimers(self.context).run, name="the world's timers")
             for loop in self.checker.loops():
                 nursery.start_soon(loop, name=f"health checker: {loop.__name__}")
             await nursery.start(bridge.run, name="bridge")

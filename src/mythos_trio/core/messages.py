@@ -91,7 +91,7 @@ def replace_key(value: object) -> str:
     raise invalid("a 'replace_key' is a string of 1-128 characters", field="replace_key")
 
 
-def make_body(id: str, type: str, content: object, timestamp: str, fields: Mapping[str, object]) -> bytes:  # noqa: A002
+def make_body(id: str, type: str, content: object, timestamp: str, fields: Mapping[str, object]) -> bytes:
     """The stored JSON of a message: all but its number. It begins with ``{"id":``.
 
     :param timestamp: RFC 3339 (`mythos_trio.seams.rfc3339`).
