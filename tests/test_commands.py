@@ -70,7 +70,8 @@ async def test_only_who_asked_gets_the_reply(tmp_path: Path, autojump_clock: Moc
 async def test_any_json_can_be_a_command(tmp_path: Path, autojump_clock: MockClock) -> None:
     async with play(tmp_path / "m.db", game=Puppet()) as world:
         ann = await entered(world)
-        for content in (None, 7, 1.5, True, [], {"a": [1, {"b": "ü"}]}, "ünïcode \u2028 \U0001f409"):
+        contents: tuple[Any, ...] = (None, 7, 1.5, True, [], {"a": [1, {"b": "ü"}]}, "ünïcode \u2028 \U0001f409")
+        for content in contents:
             assert (await ann.command(content))["content"] == {"heard": content}
 
 

@@ -1,5 +1,5 @@
 """``connect`` at a pipe: what goes to stdout and to stderr, and how it ends. The terminal itself is tried
-in the end-to-end tests, on a pseudo-terminal."""
+in ``test_cli.py``, on a pseudo-terminal."""
 
 from __future__ import annotations
 

@@ -13,13 +13,11 @@ import json
 import os
 import re
 import socket
-import sqlite3
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 import httpx
@@ -35,6 +33,9 @@ from mythos_trio.config import MissingDriver, SettingError, Settings, is_loopbac
 from mythos_trio.core import names
 from mythos_trio.core.errors import ErrorType, Refusal
 from mythos_trio.seams import SystemClock, rfc3339
+
+if TYPE_CHECKING:
+    from mythos_trio.storage import SessionRow
 
 DEFAULT_GAME: Final = "mythos_trio.world:DefaultGame"
 DOTENV: Final = ".env"
@@ -561,37 +562,46 @@ def sessions() -> None:
 
 @sessions.command("list")
 @click.option("--player", help="Only this player's.")
-@click.option("--limit", default=50, show_default=True, type=click.IntRange(1, 100_000))
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(1, 100_000), help="How many at most.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def sessions_list(player: str | None, limit: int, as_json: bool) -> None:
     """List sessions, the newest first; the server may run meanwhile."""
-    where, values = ("", []) if player is None else ("WHERE player_id = ?", [_player(player)])
-    query = f"SELECT {', '.join(_SESSION_COLUMNS)} FROM sessions {where} ORDER BY start DESC LIMIT ?"
-    with _reading_store() as database:
-        rows = database.execute(query, [*values, limit]).fetchall()
-    if as_json:
-        for row in rows:
-            click.echo(json.dumps(dict(zip(_SESSION_COLUMNS, row, strict=True))))
-        return
-    _print_table([name.replace("_", " ") for name in _SESSION_COLUMNS], [[v or "-" for v in row] for row in rows])
+    from mythos_trio.sqlite.outside import look
+    from mythos_trio.storage import StoreError, StoreUnusable
 
-
-_SESSION_COLUMNS: Final = ("player_id", "session_id", "state", "created_at", "last_online", "ended_at", "end_reason")
-
-
-@contextmanager
-def _reading_store() -> Iterator[sqlite3.Connection]:
-    """The store's file, opened to read only: readers do not disturb the server (WAL)."""
+    wanted = None if player is None else _player(player)
     path = _store_path(_settings())
     _must_exist(path)
     try:
-        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=5)) as database:
-            yield database
-    except sqlite3.Error as error:
-        _fail(
-            Failure(EXIT_STORE, f"{path} cannot be read: {error}", "Is it a store of mythos-trio, and may you read it?")
-        )
+        with look(path) as database:
+            rows = [_session_fields(row) for row in database.sessions(wanted, limit)]
+    except (StoreUnusable, StoreError) as error:
+        _fail(Failure(EXIT_STORE, f"the store cannot be read: {error}", "Is it ours, and may you read it?"))
         sys.exit(EXIT_STORE)
+    if as_json:
+        for row in rows:
+            click.echo(json.dumps(row))
+        return
+    header = [name.replace("_", " ") for name in _SESSION_FIELDS]
+    _print_table(header, [["-" if row[name] is None else row[name] for name in _SESSION_FIELDS] for row in rows])
+
+
+_SESSION_FIELDS: Final = ("player_id", "session_id", "state", "created_at", "last_online", "ended_at", "end_reason")
+
+
+def _session_fields(row: SessionRow) -> dict[str, Any]:
+    ended_at = None if row.ended_at is None else rfc3339(row.ended_at)
+    return {
+        "player_id": row.player_id,
+        "session_id": row.session_id,
+        "state": row.state,
+        "created_at": rfc3339(row.created_at),
+        "last_online": rfc3339(row.last_online),
+        "ended_at": ended_at,
+        "end_reason": row.end_reason,
+        "seen": row.seen,
+        "channels": list(row.channels),
+    }
 
 
 def _must_exist(path: Path) -> None:

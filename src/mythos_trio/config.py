@@ -452,7 +452,7 @@ class Settings:
         1000,
         Count(1, 100_000, "handshakes"),
         "How many handshakes may be under way at once.",
-        "Further sockets wait in the system's listen queue.",
+        "Further sockets wait in the system's listen queue; the oldest handshake is ended if it is slow.",
     )
     max_message_size: int = _setting(
         65536,
@@ -462,8 +462,8 @@ class Settings:
     )
     message_batch_size: int = _setting(
         1000,
-        Count(1, 100_000, "transactions"),
-        "The most transactions (publications, commands) in one commit.",
+        Count(1, 100_000, "effects"),
+        "How many effects (messages, subscriptions) are gathered into one commit. What one command did is never split.",
         "The rest waits for the next commit; publishing waits 5 s at most, then 503.",
     )
     message_retention: float = _setting(

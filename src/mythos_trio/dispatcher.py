@@ -13,6 +13,7 @@ who asked. A failed commit is an answer (`Refused`), not a crash.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
@@ -256,6 +257,21 @@ def log_delivered(message: Message, ms: float, **more: object) -> None:
         **fields,
         **more,
     )
+    if log.is_enabled_for(logging.DEBUG):
+        _debug_message(message, ms)
+
+
+def _debug_message(message: Message, ms: float) -> None:
+    """The only place that shows what is in a message; and a line for each of the receivers that are known."""
+    log.debug("Message content", message_id=message.id, seq=message.seq, content=message.body.decode())
+    for player_id in message.players:
+        log.debug(
+            "Message delivered to a receiver",
+            message_id=message.id,
+            seq=message.seq,
+            player_id=player_id,
+            delivery_time_ms=round(ms, 3),
+        )
 
 
 def raise_if_refused(outcome: Outcome) -> Committed:

@@ -315,7 +315,7 @@ class Registrar:
         count = 0
         if live is not None:
             count = len(live.connections)
-            row = await self._stop(live, REPLACED, by="server", reason="switched")
+            row = await self._stop(live, change, REPLACED, by="server", reason="switched")
         seen = max(row.seen, self._hub.marked(player_id, row.session_id))
         presence = Presence(Told.ABSENT, (Owed.JOIN,)) if with_connection else Presence()
         state = State.ONLINE if with_connection else State.OFFLINE
@@ -357,7 +357,7 @@ class Registrar:
             raise Refusal(ErrorType.SESSION, f"player {player_id!r} has no session", status=404)
         count = len(live.connections) if live else 0
         if live is not None:
-            row = await self._stop(live, REMOVED, by="operator", reason="removed")
+            row = await self._stop(live, change, REMOVED, by="operator", reason="removed")
         leave = await self._end_row(row, live, "removed", change)
         _remember(self._removed, player_id, trio.current_time())
         if leave.owed:
@@ -413,7 +413,7 @@ class Registrar:
         stored = await _reading(self._hub.storage.last_seen(player_id))
         return max(stored, self._hub.marked(player_id))
 
-    async def _stop(self, live: LiveSession, close: Close, *, by: str, reason: str) -> SessionRow:
+    async def _stop(self, live: LiveSession, change: _Change, close: Close, *, by: str, reason: str) -> SessionRow:
         """End a live session's tasks and wait for them; its row as it stood then."""
         live.cancel(close, by=by, reason=reason)
         with trio.move_on_after(END_SECONDS):
@@ -421,6 +421,14 @@ class Registrar:
             await live.settle()
             self._hub.remove(live)
             return live.snapshot()
+        if live.finished.is_set():
+            # A handler's commit is under way. Its outcome decides what is owed, so it is waited for;
+            # then the session stays.
+            change.late.set()
+            await live.settle()
+            self._hub.remove(live)
+            self._stay(live.snapshot(), live)
+            raise busy("the store is slow: try again")
         self._hub.stuck.append(live)
         log.error(
             "Unexpected error in a session: its tasks do not end",
@@ -500,7 +508,10 @@ class Registrar:
         if session.why is Why.CRASHED:
             self._crashed(session.player_id)
             await session.settle()
-        if session.player_id not in self._changes:
+        while (change := self._changes.get(session.player_id)) is not None:
+            # It may be what has ended the session; if not, nothing else may begin in between.
+            await change.done.wait()
+        if self._hub.sessions.get(session.player_id) is session:
             # Nobody has ended it on purpose: it went offline, or it crashed and stays, link-dead.
             self._hub.remove(session)
             if session.why is Why.CRASHED and not self._context.draining:

@@ -438,6 +438,10 @@ class Streams:
             session_id=session.session_id,
             connection_id=connection.id,
         )
+        log.debug(
+            "Session ID", player_id=session.player_id, session_id=session.session_id, wanted=arrival.wish.session_id
+        )
+        _debug_state(connection, "connected")
 
     # Ending.
 
@@ -484,6 +488,7 @@ class Streams:
     def _log_disconnected(
         self, connection: Connection, session: LiveSession, arrival: _Arrival, close: Close, by: str
     ) -> None:
+        _debug_state(connection, "disconnected")
         link = arrival.link
         lost = max(0, connection.behind) if link.unsent or connection.behind else 0
         fields = {
@@ -595,6 +600,19 @@ class ConnectionAsker:
 
     def answer(self, command_id: str, body: bytes, position: int | None) -> None:
         self.connection.offer_reply(command_id, body, position)
+
+
+def _debug_state(connection: Connection, state: str) -> None:
+    log.debug(
+        "Connection state",
+        state=state,
+        player_id=connection.player_id,
+        connection_id=connection.id,
+        written=connection.written,
+        acknowledged=connection.acknowledged,
+        behind=connection.behind,
+        waiting_for=connection.waiting_for,
+    )
 
 
 def reply_error(connection: Connection, id: str | None, refusal: Refusal) -> None:

@@ -361,9 +361,14 @@ class WebSocket(Stream):
         self.send({"type": "command", "id": id, "content": content})
 
     def ask(self, content: object, id: str, seconds: float = WAIT_SECONDS) -> Message:
-        """Send a command and wait for its reply."""
+        """Send a command and wait for its reply, which may be the second one to this id."""
+        before = len(self._replies(id))
         self.command(content, id)
-        return self.wait_reply(id, seconds)
+        self.wait_until(lambda: len(self._replies(id)) > before, f"the reply to {id}", seconds)
+        return self._replies(id)[before]
+
+    def _replies(self, id: str) -> list[Message]:
+        return [message for message in list(self.messages) if message["type"] == "reply" and message["id"] == id]
 
     def close(self) -> None:
         self._stack.close()

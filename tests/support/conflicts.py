@@ -152,11 +152,6 @@ class Recorded(SqliteDatabase):
         cleaned = super().clean(now, bounds, slice_rows=slice_rows)
         with closing(sqlite3.connect(self.path)) as db:
             self.history.remove_all_but({seq for (seq,) in db.execute("SELECT seq FROM messages")})
-            for player, id in cleaned.ended:
-                finish = db.execute(
-                    "SELECT finish FROM sessions WHERE player_id = ? AND session_id = ?", (player, id)
-                ).fetchone()[0]
-                self.history.end(player, id, "expired", finish)
         return cleaned
 
 
@@ -236,6 +231,13 @@ class Life:
     done: trio.Event = field(factory=trio.Event)
     ending: bool = False
     crashed: bool = False
+    stopped_at: float = float("inf")
+    """When it was told to drain."""
+
+    def check_answered(self, began: float, **who: object) -> None:
+        """Somebody who asked at *began* got no answer."""
+        rightly = self.crashed or began >= self.stopped_at
+        require(rightly, "who has asked before a drain is answered", began=began, **who)
 
 
 Answer: TypeAlias = "tuple[int, Any] | None"
@@ -260,6 +262,8 @@ class Simulation:
     reboots: int = 0
     running: int = 0
     """Steps under way."""
+    begun: int = 0
+    """Steps that have begun."""
     numbers: count[int] = field(factory=lambda: count(1))
     runs: count[int] = field(factory=lambda: count(1))
     # What was said and answered.
@@ -315,7 +319,8 @@ class Simulation:
     async def drain(self) -> None:
         life = self.life
         life.ending = True
-        began, hung = trio.current_time(), life.disk.stuck_until > trio.current_time()
+        began = life.stopped_at = trio.current_time()
+        hung = life.disk.stuck_until > began
         life.server.stop()
         await life.done.wait()
         took = trio.current_time() - began
@@ -330,12 +335,14 @@ class Simulation:
         """As ``kill -9``: the kernel closes the sockets; what they held is still delivered."""
         life = self.life
         life.ending = life.crashed = True
+        self._check_log()
         for wire in life.listener.open_wires:
             wire.close()
         life.listener.close()
         life.scope.cancel()
         await life.done.wait()
         life.database.abandon()
+        self.lines.clear()  # the last moments of a process that is killed are not seen by anybody
         await self._settle_clients()
         self._check_connections(all_of_it=False)
         self.acknowledged.clear()
@@ -378,7 +385,7 @@ class Simulation:
     ) -> Answer:
         """One request; None if there was no answer. *patience*: reset after so many checkpoints."""
         data = b"" if body is None else json.dumps(body).encode()
-        life = self.life
+        life, began = self.life, trio.current_time()
         try:
             client = Client(life.listener.connect())
         except ConnectionRefusedError:
@@ -401,7 +408,7 @@ class Simulation:
             client.close()
         top, _, rest = answer.partition(b"\r\n\r\n")
         if not top:
-            require(life.crashed, "who waits is answered, also by a drain", request=f"{method} {path}", body=body)
+            life.check_answered(began, request=f"{method} {path}", body=body)
             return None
         return int(top.split()[1]), json.loads(rest) if rest else None
 
@@ -719,7 +726,7 @@ class Connect:
     async def _open(
         self, sim: Simulation, page: Page, query: str, view: View, position: str | None
     ) -> Connection | None:
-        life = sim.life
+        life, began = sim.life, trio.current_time()
         try:
             wire = life.listener.connect(capacity=300 if self.narrow else KERNEL)
         except ConnectionRefusedError:
@@ -739,14 +746,14 @@ class Connect:
                     await client.open(f"/sse/{self.player}?{query}", headers=header)
         except GONE:
             client.close()
-            require(life.crashed, "who connects is answered, also by a drain", connection=label)
+            life.check_answered(began, connection=label)
             return None
         page.connections[self.transport] = connection
         return connection
 
     async def _first(self, sim: Simulation, connection: Connection, before: Before, wanted: str | None) -> None:
         """Take the first words: welcome, or why not."""
-        client, received, life = connection.client, connection.received, sim.life
+        client, received, life, began = connection.client, connection.received, sim.life, trio.current_time()
         status = client.status if isinstance(client, (WebSocketClient, SSEClient)) else 0
         code = {204: 204, 101: 0, 200: 0}.get(status or 0, status or 1)
         if not code:
@@ -755,7 +762,8 @@ class Connect:
             with trio.move_on_after(60):
                 while connection.open and not received.items:
                     await trio.sleep(0.01)
-            require(received.items or life.crashed, "who connects is answered, also by a drain", connection=connection)
+            if not received.items:
+                life.check_answered(began, connection=connection)
             first = received.items[0] if received.items else {"type": "nothing"}
             code = first.get("code", 0) if first["type"] != "nothing" else 1
         else:
@@ -770,7 +778,8 @@ class Connect:
 
     def _note_named(self, sim: Simulation, received: Received) -> None:
         epoch, seq = parse(received.named or "0-0")
-        if epoch == received.epoch and seq <= sim.history.newest:
+        # After a crash numbers go on above those that had been set aside: what lies between is no future.
+        if epoch == received.epoch and seq <= sim.life.server.hub.newest:
             sim.claimed[self.player] = max(sim.claimed[self.player], seq)
             key = self.player, received.session_id
             sim.acknowledged[key] = max(sim.acknowledged.get(key, 0), seq)
@@ -787,6 +796,7 @@ class Before:
     full: bool
     known: frozenset[str]
     life: int
+    begun: int
 
     @classmethod
     def of(cls, sim: Simulation, player: str, wanted: str | None) -> Before:
@@ -801,10 +811,11 @@ class Before:
             live is not None and len(live.connections) + live.arriving >= limit,
             frozenset(id for name, id in sim.history.sessions if name == player),
             sim.lives,
+            sim.begun,
         )
 
     def still_alone(self, sim: Simulation) -> bool:
-        return self.alone and sim.alone and sim.lives == self.life
+        return self.alone and sim.alone and (sim.lives, sim.begun) == (self.life, self.begun)
 
     def check_welcome(self, sim: Simulation, player: str, wanted: str | None, received: Received) -> None:
         require(self.ended is None, "an id that has ended never begins again", wanted=wanted)
@@ -947,7 +958,7 @@ class Publish:
         headers = f"Idempotency-Key: key-{self.key}\r\n" if self.key is not None else ""
         payload = body if len(body) > 1 else body[0]
         held = [sim.history.held(item["message"].get("id", "")) for item in body]
-        alone = sim.alone
+        before = Before.of(sim, "", None)
         answer = await sim.request("POST", "/api/messages", payload, headers, patience=self.lost)
         sim.tell(f"POST {json.dumps(payload)} {headers.strip()} → {answer}")
         if answer is None:
@@ -959,7 +970,7 @@ class Publish:
         elif status == 409:
             require(self.id in ("other", "again") or self.key is not None, "a conflict has a cause", answer=answer)
         else:
-            require(not alone or not sim.alone, "nothing is in the way of this publisher", answer=answer)
+            require(not before.still_alone(sim), "nothing is in the way of this publisher", answer=answer)
 
     def _body(self, sim: Simulation) -> list[dict[str, Any]]:
         items = []
@@ -1153,6 +1164,7 @@ async def _play(sim: Simulation, steps: Sequence[tuple[Step, Pause]]) -> None:
         else:
             done = trio.Event()
             sim.running += 1
+            sim.begun += 1
             sim.nursery.start_soon(partial(_one, sim, step, done), name=f"step {step}")
             if isinstance(pause, int):
                 for _ in range(pause):

@@ -11,6 +11,7 @@ from typing import Any
 
 import trio
 import wsproto
+from wsproto.connection import ConnectionState
 from wsproto.events import AcceptConnection, CloseConnection, Ping, RejectConnection, RejectData, Request, TextMessage
 
 from mythos_trio.config import Settings
@@ -188,7 +189,7 @@ class WebSocketClient(Client):
             elif isinstance(event, CloseConnection):
                 if self.closed is None:
                     self.closed = (event.code, event.reason or "")
-                    if not self.eof and self.protocol.state is wsproto.ConnectionState.REMOTE_CLOSING:
+                    if not self.eof and self.protocol.state is ConnectionState.REMOTE_CLOSING:
                         await self.send_all(self.protocol.send(event.response()))
                 return {"type": "closed", "code": self.closed[0]}
 
