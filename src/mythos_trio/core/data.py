@@ -120,22 +120,23 @@ class Data(Generic[Ticket]):
             self.bytes += len(write.body or b"") - len(before.body or b"")
             # A deleted key keeps its version: who has read that it is gone must find it so in the commit.
             self._stored[write.key] = Value(write.body, write.version)
-            self._drop(write.key, upto=write.version)
+            pending = self._pending.get(write.key, ())
+            self._keep(write.key, [entry for entry in pending if entry.value.version > write.version])
 
     def failed(self, writes: Iterable[Write]) -> None:
-        """A transaction is not committed: its values, and those that were made from them, are taken back."""
+        """A transaction is not committed: its values, and those that were put on top of them, are taken back.
+
+        What was taken back before, with the value below it, is not there any more; what stands there now has been
+        made from what is stored, and stays.
+        """
         for write in writes:
             pending = self._pending.get(write.key, [])
-            kept = [entry for entry in pending if entry.value.version < write.version]
-            if kept:
-                self._pending[write.key] = kept
-            else:
-                self._pending.pop(write.key, None)
+            if any(entry.value.version == write.version for entry in pending):
+                self._keep(write.key, [entry for entry in pending if entry.value.version < write.version])
 
-    def _drop(self, key: str, upto: int) -> None:
-        kept = [entry for entry in self._pending.get(key, ()) if entry.value.version > upto]
-        if kept:
-            self._pending[key] = kept
+    def _keep(self, key: str, entries: list[_Pending[Ticket]]) -> None:
+        if entries:
+            self._pending[key] = entries
         else:
             self._pending.pop(key, None)
 
