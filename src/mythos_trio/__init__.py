@@ -12,11 +12,13 @@ connections carry it at the same time. The map, from the outside in:
 ``posts``                                 publishing, commands and acknowledgements by POST
 ``bridge``, ``api``, ``monitor``          Hypercorn and the Quart-Trio app: the API and the monitoring pages
 ``registrar``, ``session``, ``handlers``  who is in which session; the player's nursery; the game's handlers
+``timers``                                the game's timers that run now
 ``dispatcher``, ``hub``, ``connection``   from a committed transaction to the bytes on each connection
 ``checker``                               pings, verdicts, clean-up, gauges
 ``link``, ``net``                         the owner of each socket; the seam to the network
 ``storage``, ``sqlite``                   the promise: what is stored, and in which order
 ``game``, ``world``                       what a game's author writes; the default game
+``testing``                               scenes of a game in virtual time, for its tests
 ``config``, ``logs``, ``statistics``      settings; what is logged; what is counted
 ``seams``, ``machine``                    wall clock and randomness; what the machine says of itself
 ``core``                                  the rules: values in, values out

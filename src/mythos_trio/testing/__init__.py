@@ -1,0 +1,1 @@
+"""Play a scene of a game in virtual time: see `mythos_trio.testing.scene`."""
