@@ -274,9 +274,12 @@ async def play(
     seed: int = 0,
     crash: bool = False,
     hook: Any = None,
+    runner: InlineRunner | None = None,
     **settings: Any,
 ) -> AsyncIterator[World]:
     """Run a server in this task's time. *crash*: leave as ``kill -9`` does, without a drain.
+
+    *hook* is awaited before each call of the store; *runner* has all of them in its hands.
 
     After the scene nothing may be left of connections that are over, and after the server's end
     nothing at all.

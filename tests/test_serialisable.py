@@ -1,0 +1,126 @@
+"""Whatever comes between: what is stored is what the handlers would have left one after another.
+
+Each example is a few scripts of players whose commands are small programs, a disk that fails, and crashes at any
+await of a handler and before and after any commit, against a whole server on virtual time. What must hold is
+written in `tests.support.serial`. ``SERIALISABLE_EXAMPLES`` asks for more examples than the usual ones,
+``SWORD_TRIES`` for more tries at the sword.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import trio
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+from trio.testing import MockClock
+
+from mythos_trio.game import Command, CommandError, Game, Player
+from tests.support.play import WebSocketClient, play
+from tests.support.serial import KEYS, NAMES, PLAYERS, run
+
+EXAMPLES = int(os.environ.get("SERIALISABLE_EXAMPLES", "120"))
+TRIES = int(os.environ.get("SWORD_TRIES", "1000"))
+
+keys = st.sampled_from(KEYS)
+names = st.sampled_from(NAMES)
+others = st.sampled_from(PLAYERS)
+pauses = st.sampled_from((0.0, 0.001, 0.02))
+times = st.sampled_from((0.0, 0.05, 2.0))
+
+
+def op(verb: str, *args: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[Any, ...]]:
+    return st.tuples(st.just(verb), *args)
+
+
+ops = st.one_of(
+    op("read", keys),
+    op("read", keys),
+    op("sleep", pauses),
+    op("sleep", pauses),
+    op("write", keys),
+    op("blind", keys),
+    op("delete", keys),
+    op("own", others),
+    op("send", others),
+    op("after", names, times),
+    op("cancel", names),
+    op("world after", names, times),
+)
+commands = op("command", st.sampled_from((True, True, True, False)), st.lists(ops, min_size=1, max_size=6))
+items = st.one_of(
+    commands,
+    commands,
+    commands,
+    commands,
+    op("pause", st.sampled_from((0.0, 0.05, 3.0))),
+    op("drop", st.sampled_from((0.0, 0.5, 4.0))),
+    op("switch"),
+)
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+)
+@given(
+    scripts=st.lists(st.lists(items, min_size=1, max_size=12), min_size=2, max_size=4),
+    crashes=st.lists(st.integers(1, 120), max_size=3),
+    failing=st.sampled_from((0.0, 0.0, 0.1, 0.3)),
+    seed=st.integers(0, 2**16),
+)
+def test_the_store_is_what_one_after_another_would_have_left(
+    scripts: list[list[tuple[Any, ...]]], crashes: list[int], failing: float, seed: int
+) -> None:
+    note(f"seed {seed}")
+    run(scripts, crashes, failing, seed)
+
+
+class Rock(Game):
+    """A sword that is put back after every fight for it."""
+
+    async def on_command(self, player: Player, command: Command) -> Any:
+        data = player.world.data
+        if command.text == "put back":
+            assert data.pop("sword") == player.id
+            return None
+        number = data.get("number", 0)
+        holder = data.get("sword")
+        await trio.lowlevel.checkpoint()
+        if holder is not None:
+            raise CommandError(f"{holder} has it.")
+        data["sword"] = player.id
+        data["number"] = number + 1
+        return number + 1
+
+
+async def test_two_players_one_sword(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """Of two who take it at once one has it, and the other one is told who; again and again."""
+    won = dict.fromkeys(("ann", "bob"), 0)
+
+    async with play(tmp_path / "m.db", game=Rock(), rate_limit_requests=10**9) as world:
+        clients = {player: await world.websocket(player) for player in won}
+
+        async def reply(client: WebSocketClient) -> dict[str, Any]:
+            message = await client.until_type("reply")
+            client.received.clear()
+            return message
+
+        for number in range(1, TRIES + 1):
+            for client in clients.values():
+                await client.give("take")
+            replies = {player: await reply(client) for player, client in clients.items()}
+            (winner,) = (player for player, message in replies.items() if message["ok"])
+            (loser,) = (player for player in won if player != winner)
+            assert replies[winner]["content"] == number
+            assert replies[loser]["error"]["message"] == f"{winner} has it."
+            won[winner] += 1
+            await clients[winner].give("put back")
+            assert (await reply(clients[winner]))["ok"]
+        for client in clients.values():
+            client.close()
+    assert sum(won.values()) == TRIES
