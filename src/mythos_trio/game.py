@@ -674,6 +674,15 @@ def load_game(spec: str) -> Game:
         sys.path.insert(0, str(Path.cwd()))
     module_name, path = match.groups()
     found = reduce(lambda parent, name: _attribute(spec, parent, name), path.split("."), _module(spec, module_name))
+    return make_game(spec, found)
+
+
+def make_game(spec: str, found: object) -> Game:
+    """*found* as a game: it is one, or has some of the handlers, or makes one without arguments.
+
+    :param spec: how its author calls it, for the error.
+    :raises GameSpecError: it is none, or its handlers are not as they have to be.
+    """
     return _as_game(spec, _made(spec, found))
 
 

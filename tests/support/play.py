@@ -15,6 +15,7 @@ from wsproto.events import AcceptConnection, CloseConnection, Ping, RejectConnec
 
 from mythos_trio.game import Game
 from mythos_trio.server import Server
+from mythos_trio.storage import InlineRunner
 from mythos_trio.testing.network import MemoryListener, MemoryWire
 from mythos_trio.testing.process import Process, VirtualClock
 from mythos_trio.world import DefaultGame
@@ -274,17 +275,14 @@ async def play(
     seed: int = 0,
     crash: bool = False,
     hook: Any = None,
-    runner: InlineRunner | None = None,
     **settings: Any,
 ) -> AsyncIterator[World]:
     """Run a server in this task's time. *crash*: leave as ``kill -9`` does, without a drain.
 
-    *hook* is awaited before each call of the store; *runner* has all of them in its hands.
-
     After the scene nothing may be left of connections that are over, and after the server's end
     nothing at all.
     """
-    process = Process(path, game or DefaultGame(), seed=seed, hook=hook, **settings)
+    process = Process(path, game or DefaultGame(), seed=seed, runner=runner or InlineRunner(hook), **settings)
     server, listener = process.server, process.listener
     world = World(server, listener, process.ended)
     tasks_before = count_tasks()

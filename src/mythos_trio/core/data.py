@@ -91,6 +91,14 @@ class Data(Generic[Ticket]):
         pending = self._pending.get(key)
         return pending[-1].value if pending else self._stored.get(key, ABSENT)
 
+    def committed(self, key: str) -> Value:
+        """What the store holds."""
+        return self._stored.get(key, ABSENT)
+
+    def committed_keys(self) -> list[str]:
+        """All keys that have a stored value, in alphabetical order."""
+        return sorted(key for key, value in self._stored.items() if value.body is not None)
+
     def is_current(self, reads: Mapping[str, int]) -> bool:
         """Whether all that was read is still the newest."""
         return all(self.newest(key).version == version for key, version in reads.items())

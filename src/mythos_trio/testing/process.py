@@ -13,11 +13,18 @@ from mythos_trio.game import Game
 from mythos_trio.seams import SeededRandomness
 from mythos_trio.server import Server
 from mythos_trio.sqlite import SqliteDatabase
-from mythos_trio.storage import InlineRunner
+from mythos_trio.storage import InlineRunner, Runner
 from mythos_trio.testing.network import MemoryListener
 
 # How often each store has been opened: a server that starts again must not make the same ids again.
 _lives: Counter[Path] = Counter()
+
+
+def _next_life(path: Path) -> int:
+    if path not in _lives and path.exists():
+        _lives[path] = path.stat().st_mtime_ns  # by another process; who knows how often
+    _lives[path] += 1
+    return _lives[path] - 1
 
 
 class VirtualClock:
@@ -30,21 +37,22 @@ class VirtualClock:
 class Process:
     """One life of a server. Whatever its end, afterwards the store is free for the next.
 
-    :param hook: a slow or broken disk, see `mythos_trio.storage.InlineRunner`.
+    :param hook: a slow or broken disk: a `mythos_trio.storage.InlineRunner`, or its hook.
     :param settings: fields of `mythos_trio.config.Settings`.
     """
 
-    def __init__(self, path: Path, game: Game, *, seed: int = 0, hook: Any = None, **settings: Any) -> None:
+    def __init__(self, path: Path, game: Game, *, seed: int = 0, runner: Runner | None = None, **settings: Any) -> None:
+        self.life = _next_life(path)
+        """How many there were before on this store."""
         self.database = SqliteDatabase(path)
         self.server = Server(
             Settings(**{"port": 0, "server_id": "test", **settings}),
             game=game,
             database=self.database,
-            runner=InlineRunner(hook),
+            runner=hook if isinstance(hook, InlineRunner) else InlineRunner(hook),
             clock=VirtualClock(),
-            randomness=SeededRandomness(1000 * seed + _lives[path]),
+            randomness=SeededRandomness(1000 * seed + self.life),
         )
-        _lives[path] += 1
         self.listener = MemoryListener()
         self.ended = trio.Event()
         self._scope = trio.CancelScope()
@@ -55,6 +63,7 @@ class Process:
             with self._scope:
                 await self.server.serve([self.listener], task_status=task_status)
         finally:
+            self.listener.close()
             self.database.abandon()
             self.ended.set()
 
