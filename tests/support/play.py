@@ -282,7 +282,8 @@ async def play(
     After the scene nothing may be left of connections that are over, and after the server's end
     nothing at all.
     """
-    process = Process(path, game or DefaultGame(), seed=seed, runner=runner or InlineRunner(hook), **settings)
+    runner = hook if isinstance(hook, InlineRunner) else InlineRunner(hook)
+    process = Process(path, game or DefaultGame(), seed=seed, runner=runner, **settings)
     server, listener = process.server, process.listener
     world = World(server, listener, process.ended)
     tasks_before = count_tasks()

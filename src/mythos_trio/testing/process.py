@@ -49,7 +49,7 @@ class Process:
             Settings(**{"port": 0, "server_id": "test", **settings}),
             game=game,
             database=self.database,
-            runner=hook if isinstance(hook, InlineRunner) else InlineRunner(hook),
+            runner=runner or InlineRunner(),
             clock=VirtualClock(),
             randomness=SeededRandomness(1000 * seed + self.life),
         )
