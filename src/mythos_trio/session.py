@@ -129,6 +129,7 @@ class LiveSession:
         self._arrived = trio.Event()
         self._paid = trio.Event()
         self._paying: Submission | None = None
+        self._note_after_paying = False
         self._noted_state = State(row.state)
         # Timers that are due: at most one a name.
         self._due: deque[SetTimer] = deque()
@@ -392,6 +393,11 @@ class LiveSession:
 
     def _note_presence(self) -> None:
         """What is owed is written by the change that owes it; nobody waits for that."""
+        if self._paying is not None:
+            # Behind the commit that pays, this would say that it is still owed; and ahead of its outcome,
+            # that it is paid, is not known. After a crash until then the session is link-dead anyway.
+            self._note_after_paying = True
+            return
         # If too much is unsaved, the handler's own commit says the same, later.
         with contextlib.suppress(Refusal):
             self._context.dispatcher.submit_nowait(Transaction(presence=[self.mark()]))
@@ -466,8 +472,7 @@ class LiveSession:
         try:
             gathering, _, _ = await transact(self._context, run, complete, joined)
         except Refusal:
-            self._paying = None
-            self.presence = self.presence.not_paid()
+            self._paid_or_not(self.presence.not_paid())
             return False
         if not await self.settle():
             return False
@@ -484,9 +489,15 @@ class LiveSession:
         if self._paying is None:
             return True
         stored = isinstance(await self._paying.wait(), Committed)
-        self._paying = None
-        self.presence = self.presence.paid() if stored else self.presence.not_paid()
+        self._paid_or_not(self.presence.paid() if stored else self.presence.not_paid())
         return stored
+
+    def _paid_or_not(self, presence: Presence) -> None:
+        self._paying = None
+        self.presence = presence
+        if self._note_after_paying:
+            self._note_after_paying = False
+            self._note_presence()
 
     # Timers: they run while the session lives, and rest while the player is offline.
 

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, ParamSpec, TypeVar
 
 import trio
+import trio.testing
 from attrs import define, field
 from trio.testing import MockClock
 
@@ -223,22 +224,28 @@ class Actor:
     at: int = 0
     floor: int = 0
     told: list[Told] = field(factory=list)
-    sessions: int = 0
+    over: trio.Event = field(factory=trio.Event)
     _client: Any = None
 
     async def live(self, stage: Stage) -> None:
-        self._client = None
+        self._client, self.over = None, trio.Event()
         await self._connect(stage)
         while self.at < len(self.script):
             await self._item(stage, *self.script[self.at])
             self.at += 1
-        await self._connect(stage)
+        while True:  # stays, until the server goes
+            await self._connect(stage)
+            self.over.set()
+            await self._client.until_over()
 
     async def _connect(self, stage: Stage, query: str = "") -> None:
-        if self._client is None or self._client.over:
+        while self._client is None or self._client.over:
             client = await stage.websocket(self.player, query)
-            await client.until_type("welcome")
-            self._client = client
+            if (await client.next())["type"] == "welcome":
+                self._client = client
+            else:
+                client.close()  # the disk would not; a server that is busy says so
+                await trio.sleep(0.5)
 
     async def _drop(self) -> None:
         if self._client is not None:
@@ -286,7 +293,7 @@ async def _lives(path: Path, actors: list[Actor], crashes: Sequence[int], failin
     for at in (*crashes, None):
         game.crash = crash = Crash(at)
         disk = Disk(crash, dice, failing)
-        async with play(path, game=game, crash=at is not None, runner=disk, **options) as stage:
+        async with play(path, game=game, crash=at is not None, hook=disk, **options) as stage:
             disk.ready = True
             with trio.fail_after(3600):
                 await _until_over(stage, actors, crash, disk)
@@ -298,13 +305,16 @@ async def _until_over(stage: Stage, actors: list[Actor], crash: Crash, disk: Dis
     async with trio.open_nursery() as nursery:
 
         async def scene() -> None:
-            async with trio.open_nursery() as players:
-                for actor in actors:
-                    players.start_soon(actor.live, stage)
+            for actor in actors:
+                await actor.over.wait()
             disk.failing = 0
             await trio.sleep(15)  # retries of what a broken disk refused come after 5 s
             nursery.cancel_scope.cancel()
 
+        for actor in actors:
+            nursery.start_soon(actor.live, stage)
+        # Every life begins with an event of its own.
+        await trio.testing.wait_all_tasks_blocked()
         nursery.start_soon(scene)
         await crash.now.wait()
         nursery.cancel_scope.cancel()
@@ -397,10 +407,44 @@ def _was_so(told: Told, states: list[tuple[int, dict[str, Any]]]) -> None:
     raise AssertionError(f"{told} rests on what never was stored")
 
 
-def run(scripts: Sequence[Sequence[Item]], crashes: Sequence[int], failing: float, seed: int) -> tuple[int, int]:
-    """Play the scripts, one a player, and explain the store. :returns: (transactions, runs of commands)."""
-    actors = [Actor(player, script) for player, script in zip(PLAYERS, scripts, strict=False)]
-    trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True
+def script(dice: random.Random, length: int) -> list[Item]:
+    """What a player does: mostly programs, one after another."""
+    kinds: Sequence[Callable[[], Item]] = (
+        *[lambda: ("command", dice.random() < 0.8, program(dice))] * 12,
+        lambda: ("pause", dice.choice((0.0, 0.05, 3.0))),
+        lambda: ("drop", dice.choice((0.0, 0.5, 4.0))),
+        lambda: ("switch",),
+    )
+    return [dice.choice(kinds)() for _ in range(length)]
+
+
+def program(dice: random.Random) -> list[Op]:
+    """One that looks and goes, one that changes, one that does all sorts of things."""
+    look: Sequence[Callable[[], Op]] = (
+        lambda: ("read", dice.choice(KEYS)),
+        lambda: ("sleep", dice.choice((0.0, 0.0, 0.001, 0.02))),
+    )
+    change: Sequence[Callable[[], Op]] = (
+        lambda: ("write", dice.choice(KEYS)),
+        lambda: ("blind", dice.choice(KEYS)),
+        lambda: ("delete", dice.choice(KEYS)),
+        lambda: ("own", dice.choice(PLAYERS)),
+    )
+    more: Sequence[Callable[[], Op]] = (
+        lambda: ("send", dice.choice(PLAYERS)),
+        lambda: ("after", dice.choice(NAMES), dice.choice((0.0, 0.05, 2.0))),
+        lambda: ("cancel", dice.choice(NAMES)),
+        lambda: ("world after", dice.choice(NAMES), dice.choice((0.0, 0.05, 2.0))),
+    )
+    kinds = dice.choice((look, (*look, *change), (*look, *change, *more)))
+    return [dice.choice(kinds)() for _ in range(dice.randint(1, 6))]
+
+
+def run(players: int, length: int, crashes: Sequence[int], failing: float, seed: int) -> tuple[int, int]:
+    """Play a script a player and explain the store. :returns: (transactions, runs of commands)."""
+    dice = random.Random(seed)
+    actors = [Actor(player, script(dice, length)) for player in PLAYERS[:players]]
+    trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
     trio._core._run._r.seed(seed)
     with TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as directory:
         path = Path(directory) / "m.db"
