@@ -350,6 +350,10 @@ class Game:
     async def on_leave(self, player: Player, reason: str) -> None:
         """The player has left the world: link-dead for too long, or the session has ended."""
 
+    async def background(self) -> None:
+        """The game's own task, such as weather: it begins when the server is ready, with `run` for what it does,
+        and is cancelled when the server stops. If it raises, that is logged, and it begins again after a pause."""
+
     async def run(self, function: Callable[[World], Awaitable[T]]) -> T:
         """Do something that no player asked for: from a task of the game's own, not from a handler.
 
@@ -653,6 +657,7 @@ HANDLERS: Final = {
     "on_linkdead": ("player",),
     "on_return": ("player",),
     "on_leave": ("player", "reason"),
+    "background": (),
 }
 _SPEC: Final = re.compile(r"([\w.]+):([\w.]+)")
 

@@ -6,7 +6,9 @@ connection ends.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+import time
+import types
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import trio
@@ -27,7 +29,7 @@ from mythos_trio.core.transaction import (
     Transaction,
 )
 from mythos_trio.dispatcher import refusal_of
-from mythos_trio.game import WORLD, CommandError, Game, Gathering, Health, Player, World
+from mythos_trio.game import WORLD, CommandError, Game, GameError, Gathering, Health, Player, World
 from mythos_trio.game import Presence as PresenceText
 from mythos_trio.storage import SessionRow
 from mythos_trio.timers import TimerClock
@@ -50,6 +52,13 @@ MAX_DUE: Final = float("inf")
 # A commit that the store refused is tried again after this time; the store heals by itself.
 RETRY_SECONDS: Final = 5.0
 
+# A handler that runs for so long without an `await` that waits is named in the log: meanwhile nobody is served.
+BLOCKED_SECONDS: Final = 0.1
+
+# A background of the game that has failed begins again after a wait, which doubles as long as it fails.
+FIRST_PAUSE: Final = 1.0
+LONGEST_PAUSE: Final = 60.0
+
 
 @define(eq=False)
 class Context:
@@ -66,11 +75,8 @@ class Context:
     """From now on no command is taken, and a link-dead connection owes nothing."""
     switch: Callable[[LiveSession], None] = lambda _: None
     """Given by the registrar: begin a new session for this one's player."""
-    handlers: dict[trio.CancelScope, None] = field(factory=dict)
-    """The handlers that run now: a drain cuts them off after a while."""
-    runs: int = 0
-    """Runs of handlers, and of these such that had to be repeated since another one came between."""
-    reruns: int = 0
+    handlers: dict[trio.CancelScope, trio.lowlevel.Task] = field(factory=dict)
+    """The handlers that run now, and in which task: a drain cuts them off after a while."""
 
 
 @frozen
@@ -150,12 +156,12 @@ async def transact(
     """
     data = context.hub.data
     for _ in range(MAX_RUNS):
-        context.runs += 1
+        context.statistics.ran()
         gathering, result = await run()
         await context.dispatcher.wait_room()
         # From here to the queue nothing waits: what is checked is still so when it is done.
         if not data.is_current(gathering.reads):
-            context.reruns += 1
+            context.statistics.to_be_repeated()
             continue
         transaction = complete(gathering, result)
         if transaction is None:
@@ -169,7 +175,7 @@ async def transact(
         joined(submission)
         outcome = await submission.wait()
         if isinstance(outcome, Refused) and outcome.reason == Reason.STALE:
-            context.reruns += 1
+            context.statistics.to_be_repeated()
             continue
         return gathering, result, outcome
     raise Refusal(ErrorType.CAPACITY, "busy: others keep changing what this needs; try again", status=503, retry_ms=200)
@@ -185,15 +191,22 @@ async def run_handler(
 ) -> Any:
     """Run one handler under its deadline. Afterwards what it was handed can no longer be used."""
     with trio.move_on_after(context.settings.handler_timeout) as scope:
-        context.handlers[scope] = None
+        context.handlers[scope] = trio.lowlevel.current_task()
         try:
-            return await call()
+            return await contained(call, name, player_id)
         finally:
             gathering.close()
             del context.handlers[scope]
     if scope.cancelled_caught and context.draining:
         raise draining()
     if scope.cancelled_caught:
+        log.error(
+            f"Unexpected error in {name}: it took longer than HANDLER_TIMEOUT",
+            error_type=ErrorType.SYSTEM.value,
+            player_id=player_id,
+            handler=name,
+            seconds=context.settings.handler_timeout,
+        )
         raise Refusal(
             ErrorType.SYSTEM,
             f"the game took longer than {context.settings.handler_timeout:g} seconds; nothing has happened",
@@ -201,6 +214,57 @@ async def run_handler(
             details={"handler": name},
         )
     return None
+
+
+async def contained(call: Callable[[], Awaitable[T]], name: str, player_id: str) -> T:
+    """Run code of the game's: what escapes is an `Exception`, or Trio's `Cancelled`; what blocks is named."""
+    try:
+        return await _timed(call().__await__(), name, player_id)
+    except (Exception, trio.Cancelled):
+        raise
+    except BaseExceptionGroup as group:
+        if group.subgroup(trio.Cancelled) is not None:
+            raise
+        raise _ends_nothing(name, group) from group
+    except BaseException as error:
+        # sys.exit() in a handler would end the server, for all.
+        raise _ends_nothing(name, error) from error
+
+
+def _ends_nothing(name: str, error: BaseException) -> GameError:
+    return GameError(f"{name} raised {error!r}: a game cannot end the server; to turn a player down raise CommandError")
+
+
+@types.coroutine
+def _timed(steps: Generator[Any, Any, T], name: str, player_id: str) -> Generator[Any, Any, T]:
+    """*steps*, and a warning for those that keep everybody else waiting."""
+    go: Callable[[], Any] = lambda: steps.send(None)  # noqa: E731
+    while True:
+        began = time.perf_counter()
+        try:
+            message = go()
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        finally:
+            if (seconds := time.perf_counter() - began) >= BLOCKED_SECONDS:
+                _warn_blocked(name, player_id, seconds)
+        try:
+            value = yield message
+        except BaseException as error:
+            go = lambda e=error: steps.throw(e)  # type: ignore[misc]  # noqa: E731
+        else:
+            go = lambda v=value: steps.send(v)  # type: ignore[misc]  # noqa: E731
+
+
+def _warn_blocked(name: str, player_id: str, seconds: float) -> None:
+    log.warning(
+        f"The game blocked the server: {name} ran for {seconds:.2f} s without waiting; meanwhile nobody was served",
+        handler=name,
+        player_id=player_id,
+        seconds=round(seconds, 3),
+        fix="await trio.to_thread.run_sync(function) for what takes long; trio.sleep instead of time.sleep",
+    )
 
 
 def handler_failed(context: Context, player_id: str, name: str, error: Exception) -> bytes:
@@ -230,16 +294,10 @@ async def presence_handler(context: Context, owed: Owed, player: Player, gatheri
     name = f"on_{owed.value}"
     try:
         await run_handler(context, calls[owed], gathering, player.id, name)
-    except Refusal as refusal:
+    except Refusal:
         if context.draining:
             raise
         gathering.drop()
-        log.error(
-            f"Unexpected error in {name}",
-            error_type=refusal.error_type.value,
-            player_id=player.id,
-            reason=refusal.message,
-        )
     except Exception as error:
         gathering.drop()
         handler_failed(context, player.id, name, error)
@@ -293,6 +351,11 @@ class GameRunner:
     async def __call__(self, function: Callable[[World], Awaitable[T]], /) -> T:
         """Run *function* and store what it did; raises the refusal if it could not be stored."""
         context = self._context
+        if trio.lowlevel.current_task() in context.handlers.values():
+            raise GameError(
+                "game.run() in a handler: what it does would happen even if the handler fails. The handler's own "
+                "player.world does it, in one with the rest; game.run() is for tasks of the game's own."
+            )
         if context.draining:
             raise draining()
 
@@ -326,12 +389,6 @@ async def fire(
             if context.draining:
                 raise
             gathering.drop()
-            log.error(
-                "Unexpected error in on_timer: it took longer than HANDLER_TIMEOUT",
-                error_type=ErrorType.SYSTEM.value,
-                timer=timer.name,
-                owner=timer.owner,
-            )
         except Exception as error:
             gathering.drop()
             handler_failed(context, timer.owner.removeprefix("player/"), "on_timer", error)
@@ -373,3 +430,54 @@ class WorldTimers:
                     done = False
                 if not done:
                     clock.again(timer, RETRY_SECONDS)
+
+
+class Background:
+    """`Game.background`: the game's own task, run from the server's start to its drain.
+
+    What escapes from it is logged, and it begins again after a pause: it ends no process, and touches no player.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._scope = trio.CancelScope()
+        self._task: trio.lowlevel.Task | None = None
+
+    async def run(self) -> None:
+        """Runs until it returns by itself, or is stopped."""
+        self._task = trio.lowlevel.current_task()
+        pause = FIRST_PAUSE
+        with self._scope:
+            while not self._context.draining:
+                began = trio.current_time()
+                if await self._attempt():
+                    return
+                if trio.current_time() - began > LONGEST_PAUSE:
+                    pause = FIRST_PAUSE
+                await trio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _attempt(self) -> bool:
+        """Whether it ended by itself, or since the server stops."""
+        try:
+            await contained(self._context.game.background, "background", "")
+        except Exception as error:
+            if self._context.draining:
+                return True  # what it still wanted to do was refused
+            log.error(
+                "Unexpected error in background: it begins again after a pause",
+                error_type=ErrorType.SYSTEM.value,
+                handler="background",
+                exc_info=error,
+            )
+            return False
+        return True
+
+    def stop(self) -> None:
+        """The drain begins: nothing new. A `Game.run` that is under way may end, as handlers may."""
+        if self._task not in self._context.handlers.values():
+            self._scope.cancel()
+
+    def cancel(self) -> None:
+        """No longer."""
+        self._scope.cancel()

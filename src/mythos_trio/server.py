@@ -29,7 +29,7 @@ from mythos_trio.core.errors import DRAIN, ErrorType
 from mythos_trio.dispatcher import Dispatcher, Failure
 from mythos_trio.front import Front
 from mythos_trio.game import Game, load_game
-from mythos_trio.handlers import Context, GameRunner, WorldTimers
+from mythos_trio.handlers import Background, Context, GameRunner, WorldTimers
 from mythos_trio.hub import Hub
 from mythos_trio.monitor import Monitor, Stage
 from mythos_trio.net import Listener, open_listeners
@@ -135,6 +135,7 @@ class Server:
         self.checker = Checker(self.context, self.registrar, self._failures)
         self.monitor: Monitor | None = None
         self.front: Front | None = None
+        self._background = Background(self.context)
         self._recovered: Recovered | None = None
         self._stop = trio.Event()
         self._hurry = trio.CancelScope()
@@ -184,6 +185,7 @@ class Server:
             self.registrar.recover(recovered.sessions)
             for listener in listeners:
                 nursery.start_soon(self.front.serve, listener, name="front door")
+            nursery.start_soon(self._background.run, name="background of the game")
             monitor.stage = Stage.READY
             log.info("Server ready", pid=os.getpid(), version=__version__, epoch=self.hub.epoch)
             task_status.started()
@@ -224,11 +226,13 @@ class Server:
         if self.front is not None:
             self.front.draining = True
         log.info("Draining", connections=len(self.hub.connections), sessions=len(self.hub.sessions))
+        self._background.stop()
         for session in list(self.hub.sessions.values()):
             session.drain()
         with self._hurry:
             with trio.move_on_at(began + max(total - LAST_SECONDS, total / 2)):
                 await self._finish_handlers(began + total / 2)
+                self._background.cancel()
                 await self._finish_requests()
         self._say_goodbye()
         with trio.move_on_at(began + total) as deadline:
