@@ -4,7 +4,7 @@ A player's session is one numbered, stored stream of messages; any number of Web
 connections carry it at the same time. The map, from the outside in:
 
 ========================================  ========================================================================
-``cli``, ``reload``                       the command line; starting anew when code changes
+``cli``, ``reload``, ``scaffold``         the command line; starting anew when code changes; a game to begin with
 ``terminal``, ``client``, ``carriers``    a player's client: a line to type in, both transports, their connections
 ``server``                                what exists, the tree of tasks, how it stops
 ``front``, ``http1``, ``access``          accept, read a request's head, who may, where it goes

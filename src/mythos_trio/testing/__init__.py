@@ -1,6 +1,7 @@
 """Play scenes of a game in virtual time, with crashes and pulled cables, in a few lines.
 
-    async def scene() -> None:
+    @in_virtual_time
+    async def test_the_sword_survives_a_crash() -> None:
         async with play(MyGame) as world:
             alice = await world.connect("alice")
             reply = await alice.command("take sword")
@@ -8,13 +9,21 @@
             await world.crash()
             assert (await alice.command("inventory")).content == ["sword"]
 
-    def test_the_sword_survives_a_crash() -> None:
-        run(scene)
-
 The whole server runs, on a store of its own and a network in memory: nothing of it is replaced but the wires,
 the clock and the randomness.
 """
 
-from mythos_trio.testing.scene import Client, GameFailed, Message, Reply, Saying, Stored, World, play, run
+from mythos_trio.testing.scene import (
+    Client,
+    GameFailed,
+    Message,
+    Reply,
+    Saying,
+    Stored,
+    World,
+    in_virtual_time,
+    play,
+    run,
+)
 
-__all__ = ["Client", "GameFailed", "Message", "Reply", "Saying", "Stored", "World", "play", "run"]
+__all__ = ["Client", "GameFailed", "Message", "Reply", "Saying", "Stored", "World", "in_virtual_time", "play", "run"]

@@ -10,9 +10,10 @@ from __future__ import annotations
 import errno
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial, wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, ParamSpec, TypeVar
 
 import trio
 from attrs import field, frozen
@@ -29,6 +30,7 @@ from mythos_trio.seams import SeededRandomness
 from mythos_trio.testing.network import MemoryStream, MemoryWire
 from mythos_trio.testing.process import Process
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 Transport = Literal["websocket", "sse"]
@@ -69,6 +71,16 @@ class Reply:
 def run(scene: Callable[[], Awaitable[T]]) -> T:
     """Run *scene*, an async function, in virtual time: whenever all wait, the clock jumps."""
     return trio.run(scene, clock=MockClock(autojump_threshold=0))
+
+
+def in_virtual_time(scene: Callable[P, Awaitable[T]]) -> Callable[P, T]:
+    """A decorator: *scene* as a plain function, such as pytest calls."""
+
+    @wraps(scene)
+    def test(*args: P.args, **kwargs: P.kwargs) -> T:
+        return run(partial(scene, *args, **kwargs))
+
+    return test
 
 
 @asynccontextmanager
