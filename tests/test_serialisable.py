@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
@@ -63,6 +64,7 @@ class Rock(Game):
         return number + 1
 
 
+@pytest.mark.timeout(60 + TRIES / 50)
 async def test_two_players_one_sword(tmp_path: Path, autojump_clock: MockClock) -> None:
     """Of two who take it at once one has it, and the other one is told who; again and again."""
     won = dict.fromkeys(("ann", "bob"), 0)

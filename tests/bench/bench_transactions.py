@@ -207,7 +207,7 @@ def show(results: dict[str, list[Result]]) -> None:
     for name, several in results.items():
 
         def median(field: str, several: list[Result] = several) -> float:
-            return statistics.median(getattr(result, field) for result in several)
+            return float(statistics.median(getattr(result, field) for result in several))
 
         cells = (
             f"{median('a_second'):,.0f}",
