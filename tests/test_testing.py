@@ -114,7 +114,7 @@ async def test_a_crash_in_the_midst_of_a_command(autojump_clock: MockClock) -> N
         await alice.command("say before")
         first = world.game
         saying = await alice.say("slowly soup")
-        await trio.sleep(4)
+        await world.sleep(4)
         await world.crash()
         assert world.game is not first
         assert isinstance(world.game, Inn)

@@ -25,7 +25,7 @@ from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar
 from attrs import frozen
 
 from mythos_trio.core import messages, names, wire
-from mythos_trio.core.data import Value, check_key, max_bytes, player_key
+from mythos_trio.core.data import PLAYER, Value, check_key, max_bytes, player_key
 from mythos_trio.core.errors import Refusal
 from mythos_trio.core.transaction import (
     MAX_EFFECT_BYTES,
@@ -531,6 +531,8 @@ class Gathering:
         self._check_open("data")
         key = _checked("data", check_key, key)
         self._newest(key)
+        if key.startswith(PLAYER) and value is not None and not isinstance(value, dict):
+            raise GameError(f"data[{key!r}]: a player's data are names and values: a dict, not {_brief(value)}")
         body = None if value is None else _as_json(f"data[{key!r}]", lambda: wire.encode(value))
         if body is not None and len(body) > max_bytes(key):
             raise GameError(f"data[{key!r}]: {len(body):,} bytes; there is room for {max_bytes(key):,}")

@@ -207,6 +207,8 @@ async def run_handler(
             handler=name,
             seconds=context.settings.handler_timeout,
         )
+        # Whatever it has read: it is not run again, to take as long once more.
+        gathering.reads.clear()
         raise Refusal(
             ErrorType.SYSTEM,
             f"the game took longer than {context.settings.handler_timeout:g} seconds; nothing has happened",

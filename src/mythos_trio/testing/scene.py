@@ -167,7 +167,7 @@ class World:
             raise AssertionError(f"{player} is there already: use what connect() returned, or reconnect() it")
         client = self.clients[player] = Client(self, player, session_id, transports)
         await client._open()
-        await self.settle()
+        await wait_all_tasks_blocked()
         return client
 
     def present(self) -> list[str]:
@@ -196,9 +196,9 @@ class World:
     # Time.
 
     async def sleep(self, seconds: float) -> None:
-        """Let time pass, and all that it brings happen."""
+        """Let time pass, and all that it brings happen. A handler that takes longer goes on."""
         await trio.sleep(seconds)
-        await self.settle()
+        await wait_all_tasks_blocked()
 
     async def settle(self) -> None:
         """Until all that has been asked for is done and told: commands, handlers, commits, deliveries.
@@ -220,7 +220,7 @@ class World:
     async def run(self, function: Callable[[GameWorld], Awaitable[T]]) -> T:
         """What `mythos_trio.game.Game.run` does for a task of the game's own."""
         result = await self.game.run(function)
-        await self.settle()
+        await wait_all_tasks_blocked()
         return result
 
     # Starts and ends.
@@ -237,7 +237,7 @@ class World:
         await self._start()
         for client in connected:
             await client._open()
-        await self.settle()
+        await wait_all_tasks_blocked()
 
     async def restart(self, game: object | None = None) -> None:
         """Stop in order, as SIGTERM and ``--reload`` do, and start again on the same store.
@@ -250,7 +250,7 @@ class World:
         await self._start()
         for client in connected:
             await client._wait_connected()
-        await self.settle()
+        await wait_all_tasks_blocked()
 
     async def _start(self) -> None:
         game = make_game("play()", self._game)
@@ -373,7 +373,7 @@ class Client:
             self._listening.cancel()
             await self._ended.wait()
             self._dual = None
-        await self._world.settle()
+        await wait_all_tasks_blocked()
 
     async def reconnect(self) -> None:
         """The cable is put back, the client is opened again: it goes on where it was."""
@@ -384,7 +384,7 @@ class Client:
             await self._open()
         else:
             await self._wait_connected()
-        await self._world.settle()
+        await wait_all_tasks_blocked()
 
     # The client program.
 
