@@ -242,6 +242,8 @@ histories = st.lists(st.one_of(moves.map(lambda move: [move]), duels, hunts), ma
 ends = st.one_of(st.just("stop"), st.just("kill"), st.integers(0, 15))
 
 
+# A failure takes its time to be made small.
+@pytest.mark.timeout(300)
 @settings(max_examples=12, deadline=None)
 @given(st.lists(st.tuples(histories, ends), min_size=1, max_size=4), st.integers(0, 2**32))
 def test_a_server_that_is_killed_again_and_again(lives: list[Any], seed: int) -> None:
