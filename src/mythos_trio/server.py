@@ -14,6 +14,8 @@ import contextlib
 import os
 import resource
 import signal
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -57,6 +59,8 @@ MAX_FAILURES: Final = 1024
 LAST_SECONDS: Final = 2.0
 # After the commit an answer takes no time, but a request whose body never comes would hold up the drain.
 ANSWER_SECONDS: Final = 1.0
+# What a task of the game's that cannot be cancelled has left after the drain, before the process ends without it.
+LINGER_SECONDS: Final = 2.0
 # Clients are told to come back at this rate, so that a full server does not get them all at once.
 RETURNS_A_SECOND: Final = 1000
 FIRST_RETURN_MS: Final = 500
@@ -139,7 +143,8 @@ class Server:
         self._recovered: Recovered | None = None
         self._stop = trio.Event()
         self._hurry = trio.CancelScope()
-        self._stopping = False
+        self.on_drained: Callable[[], None] = lambda: None
+        """Called when the drain is over; then all tasks are cancelled."""
         self.exit_code = EXIT_FAILED
 
     def stop(self) -> None:
@@ -191,6 +196,7 @@ class Server:
             task_status.started()
             await self._stop.wait()
             await self._drain(monitor)
+            self.on_drained()
             nursery.cancel_scope.cancel()
         return self.exit_code
 
@@ -356,14 +362,30 @@ async def _main(
         randomness=SystemRandomness(),
         statistics=statistics,
     )
+    lingering = threading.Timer(LINGER_SECONDS, lambda: _end_without_the_game(server.exit_code))
+    lingering.daemon = True
+    server.on_drained = lingering.start
     # Outside of a nursery: a failed start is one error, not a group.
     await server.open()
     async with trio.open_nursery() as nursery:
         await nursery.start(_hear_signals, server, hang_up)
         nursery.start_soon(_announce_when_ready, server, listeners, announce)
         code = await server.serve(listeners)
+        lingering.cancel()
         nursery.cancel_scope.cancel()
     return code
+
+
+def _end_without_the_game(code: int) -> None:
+    """In a thread. The store is closed; only a task of the game's keeps the process, and a thread cannot end that."""
+    log.critical(
+        "The game does not let the server end: one of its tasks cannot be cancelled. The process ends without it",
+        error_type=ErrorType.SYSTEM.value,
+        fix="no `except` around a wait that takes trio.Cancelled and goes on; no shielded scope without a deadline",
+        exit_code=code,
+    )
+    time.sleep(0.3)  # the log's own thread writes it
+    os._exit(code)
 
 
 async def _announce_when_ready(

@@ -66,6 +66,8 @@ class Server:
     def __init__(self, directory: Path, *, game: str | None = None, **settings: str) -> None:
         self.directory = directory
         self.game = game
+        self.options: tuple[str, ...] = ()
+        """Further words of the command line."""
         self.port = free_port()
         self.settings = settings
         self.process: subprocess.Popen[bytes] | None = None
@@ -93,7 +95,7 @@ class Server:
     def launch(self) -> None:
         """Start the process and do not wait for it."""
         assert self.process is None, "it runs already"
-        command = [sys.executable, "-m", "mythos_trio", "serve", *([self.game] if self.game else [])]
+        command = [sys.executable, "-m", "mythos_trio", "serve", *([self.game] if self.game else []), *self.options]
         with (self.directory / "stdout.txt").open("ab") as out, (self.directory / "stderr.txt").open("ab") as err:
             self.process = subprocess.Popen(
                 command, cwd=self.directory, env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err
