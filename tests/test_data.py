@@ -87,6 +87,20 @@ async def test_no_increment_is_lost_between_players(tmp_path: Path, autojump_clo
             client.close()
 
 
+async def test_many_who_await_on_one_key_all_come_through(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """Who has to run again waits for its turn; else in every round one would be through, and all others in vain."""
+    async with play(tmp_path / "m.db", game=(arena := Arena())) as world:
+        clients = [await world.websocket(f"p{number}") for number in range(50)]
+        for client in clients:
+            await client.say({"type": "command", "id": "c", "content": "count"})
+        replies = [await client.until_type("reply") for client in clients]
+        assert sorted(reply["content"] for reply in replies if reply["ok"]) == list(range(1, 51))
+        assert arena.runs <= 3 * len(clients)
+        assert world.server.context.turns._locks == {}
+        for client in clients:
+            client.close()
+
+
 async def test_data_survive_a_crash_and_a_switch(tmp_path: Path, autojump_clock: MockClock) -> None:
     path = tmp_path / "m.db"
     async with play(path, game=Arena(), crash=True) as world:

@@ -52,12 +52,50 @@ MAX_DUE: Final = float("inf")
 # A commit that the store refused is tried again after this time; the store heals by itself.
 RETRY_SECONDS: Final = 5.0
 
+# Who has to run again waits for its turn so long, and then runs without one: a handler that is slow holds up
+# the others on the same key no longer than this.
+TURN_SECONDS: Final = 1.0
+
 # A handler that runs for so long without an `await` that waits is named in the log: meanwhile nobody is served.
 BLOCKED_SECONDS: Final = 0.1
 
 # A background of the game that has failed begins again after a wait, which doubles as long as it fails.
 FIRST_PAUSE: Final = 1.0
 LONGEST_PAUSE: Final = 60.0
+
+
+class Turns:
+    """Handlers that have to run again come one after another, key by key.
+
+    Else, if a hundred that await something want the same key, in every round one is through and ninety-nine
+    have run in vain, until they have used up their runs.
+    """
+
+    def __init__(self) -> None:
+        self._locks: dict[str, trio.Lock] = {}
+
+    async def take(self, keys: list[str]) -> list[str]:
+        """Wait for the turn on *keys*, `TURN_SECONDS` at most. They are in order, so nobody waits in a circle.
+
+        :returns: the keys to `give_back`.
+        """
+        held: list[str] = []
+        try:
+            with trio.move_on_after(TURN_SECONDS):
+                for key in keys:
+                    await self._locks.setdefault(key, trio.Lock()).acquire()
+                    held.append(key)
+        except BaseException:
+            self.give_back(held)
+            raise
+        return held
+
+    def give_back(self, held: list[str]) -> None:
+        for key in held:
+            lock = self._locks[key]
+            lock.release()
+            if not lock.locked():  # nobody has been waiting for it
+                del self._locks[key]
 
 
 @define(eq=False)
@@ -71,6 +109,7 @@ class Context:
     statistics: Statistics
     clock: Clock
     randomness: Randomness
+    turns: Turns = field(factory=Turns)
     draining: bool = False
     """From now on no command is taken, and a link-dead connection owes nothing."""
     switch: Callable[[LiveSession], None] = lambda _: None
@@ -155,30 +194,43 @@ async def transact(
     :raises Refusal: too much is unsaved, or others have been quicker `MAX_RUNS` times.
     """
     data = context.hub.data
+    changed: list[str] = []
     for _ in range(MAX_RUNS):
-        context.statistics.ran()
-        gathering, result = await run()
-        await context.dispatcher.wait_room()
-        # From here to the queue nothing waits: what is checked is still so when it is done.
-        if not data.is_current(gathering.reads):
-            context.statistics.to_be_repeated()
-            continue
-        transaction = complete(gathering, result)
+        turn = await context.turns.take(changed) if changed else []
+        try:
+            context.statistics.ran()
+            gathering, result = await run()
+            await context.dispatcher.wait_room()
+            # From here to the queue nothing waits: what is checked is still so when it is done.
+            if not data.is_current(gathering.reads):
+                context.statistics.to_be_repeated()
+                changed = data.changed(gathering.reads)
+                continue
+            transaction = complete(gathering, result)
+            if transaction is not None:
+                submission = _join(context, transaction, gathering)
+                joined(submission)
+        finally:
+            context.turns.give_back(turn)
         if transaction is None:
             if await _is_stored(data.rests_on(gathering.reads)):
                 return gathering, result, None
             continue
-        transaction.reads = {key: version for key, version in gathering.reads.items() if key not in gathering.writes}
-        transaction.timers = gathering.timers
-        submission = context.dispatcher.submit_nowait(transaction)
-        transaction.writes = data.join(gathering.writes, submission)
-        joined(submission)
         outcome = await submission.wait()
         if isinstance(outcome, Refused) and outcome.reason == Reason.STALE:
             context.statistics.to_be_repeated()
             continue
         return gathering, result, outcome
     raise Refusal(ErrorType.CAPACITY, "busy: others keep changing what this needs; try again", status=503, retry_ms=200)
+
+
+def _join(context: Context, transaction: Transaction, gathering: Gathering) -> Submission:
+    """Its writes become the newest values, and it goes to the end of the writer's queue."""
+    transaction.reads = {key: version for key, version in gathering.reads.items() if key not in gathering.writes}
+    transaction.timers = gathering.timers
+    submission = context.dispatcher.submit_nowait(transaction)
+    transaction.writes = context.hub.data.join(gathering.writes, submission)
+    return submission
 
 
 async def _is_stored(submissions: list[Submission]) -> bool:

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+import trio
 from attrs import define, field
 
 from mythos_trio.game import Command, Game, Player
@@ -37,6 +38,10 @@ class Counters(Game):
                 player.data["count"] = count = player.data.get("count", 0) + 1
             case "same":
                 data["count"] = count = data.get("count", 0) + 1
+            case "wait":
+                count = data.get("count", 0) + 1
+                await trio.lowlevel.checkpoint()
+                data["count"] = count
             case "look":
                 count = data.get("count", 0)
         return count
@@ -53,6 +58,8 @@ CASES: Final = (
     Case("one player alone", 1, "own"),
     Case("100 players, their own data", 100, "own"),
     Case("100 players, the same key", 100, "same"),
+    Case("10 players, that key, with an await", 10, "wait"),
+    Case("100 players, that key, with an await", 100, "wait"),
     Case("100 players who look at that key", 100, "look"),
 )
 
@@ -203,7 +210,7 @@ def main() -> None:
 
 def show(results: dict[str, list[Result]]) -> None:
     heads = ("a second", "p50 ms", "p99 ms", "server µs", "client µs", "repeated", "failed")
-    print("\n" + " " * 34 + "".join(f"{head:>11}" for head in heads))
+    print("\n" + " " * 38 + "".join(f"{head:>11}" for head in heads))
     for name, several in results.items():
 
         def median(field: str, several: list[Result] = several) -> float:
@@ -218,7 +225,7 @@ def show(results: dict[str, list[Result]]) -> None:
             f"{median('repeated'):.2%}",
             f"{median('failed'):.0f}",
         )
-        print(f"{name:34}" + "".join(f"{cell:>11}" for cell in cells))
+        print(f"{name:38}" + "".join(f"{cell:>11}" for cell in cells))
     print(f"\nload of the machine: {os.getloadavg()[0]:.1f}, processors: {os.cpu_count()}")
 
 

@@ -76,6 +76,7 @@ class Life:
             self._look(handler, key)
             self.count += 1
             handler.written[key] = None if self.random.random() < 0.2 else b"%d" % self.count
+        assert self.data.is_current(handler.versions) == (not self.data.changed(handler.versions))
         if not self.data.is_current(handler.versions):
             return  # in the server it would run again: here another one will
         if handler.written:

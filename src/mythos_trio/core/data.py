@@ -99,6 +99,10 @@ class Data(Generic[Ticket]):
         """All keys that have a stored value, in alphabetical order."""
         return sorted(key for key, value in self._stored.items() if value.body is not None)
 
+    def changed(self, reads: Mapping[str, int]) -> list[str]:
+        """The keys of which something else than what was read is the newest, in alphabetical order."""
+        return sorted(key for key, version in reads.items() if self.newest(key).version != version)
+
     def is_current(self, reads: Mapping[str, int]) -> bool:
         """Whether all that was read is still the newest."""
         return all(self.newest(key).version == version for key, version in reads.items())
