@@ -554,3 +554,24 @@ async def test_a_refusal_is_no_mistake(autojump_clock: MockClock) -> None:
         alice = await world.connect("alice")
         assert (await alice.command("please")).error == "No."
     assert world.errors == []
+
+
+async def test_a_run_that_does_not_count_is_no_mistake(autojump_clock: MockClock) -> None:
+    """It has seen two values that never were true together, and stumbled over them; the next run does not."""
+
+    class Twins(Game):
+        async def on_command(self, player: Player, command: Command) -> int:
+            data = player.world.data
+            if command.text == "look":
+                left = data.get("left", 0)
+                await trio.sleep(1)
+                assert left == data.get("right", 0)
+                return int(left)
+            data["left"] = data["right"] = int(command.text)
+            return 0
+
+    async with play(Twins) as world:
+        alice, bob = await world.connect("alice"), await world.connect("bob")
+        saying = await alice.say("look")
+        await bob.command("7")
+        assert (await saying.reply()).content == 7

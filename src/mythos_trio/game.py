@@ -422,6 +422,8 @@ class Gathering:
         self.timers: list[TimerChange] = []
         self.new_session_wanted = False
         self.disconnect_wanted: str | None = None
+        self.report: Callable[[], None] = lambda: None
+        """What to log if this run of the handler counts."""
         self._player_id = player_id
         self._session_id = session_id
         self._view = view

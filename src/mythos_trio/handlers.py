@@ -206,6 +206,7 @@ async def transact(
                 context.statistics.to_be_repeated()
                 changed = data.changed(gathering.reads)
                 continue
+            gathering.report()
             transaction = complete(gathering, result)
             if transaction is not None:
                 submission = _join(context, transaction, gathering)
@@ -321,11 +322,15 @@ def _warn_blocked(name: str, player_id: str, seconds: float) -> None:
     )
 
 
-def handler_failed(context: Context, player_id: str, name: str, error: Exception) -> bytes:
-    """The error reply for a handler that raised *error*, which has then done nothing."""
+def handler_failed(gathering: Gathering, player_id: str, name: str, error: Exception) -> bytes:
+    """The error reply for a handler that raised *error*, which has then done nothing.
+
+    It is logged if the run counts: what was read may not have belonged together, and then it is run again.
+    """
+    gathering.drop()
     if isinstance(error, CommandError):
         return wire.error_body(ErrorType.VALIDATION, error.message, error.details)
-    log.error(
+    gathering.report = lambda: log.error(
         f"Unexpected error in {name}",
         error_type=ErrorType.SYSTEM.value,
         player_id=player_id,
@@ -353,8 +358,7 @@ async def presence_handler(context: Context, owed: Owed, player: Player, gatheri
             raise
         gathering.drop()
     except Exception as error:
-        gathering.drop()
-        handler_failed(context, player.id, name, error)
+        handler_failed(gathering, player.id, name, error)
 
 
 async def pay_leave(owed: LeaveOwed, context: Context) -> None:
@@ -444,8 +448,7 @@ async def fire(
                 raise
             gathering.drop()
         except Exception as error:
-            gathering.drop()
-            handler_failed(context, timer.owner.removeprefix("player/"), "on_timer", error)
+            handler_failed(gathering, timer.owner.removeprefix("player/"), "on_timer", error)
         return gathering, None
 
     def complete(gathering: Gathering, _: None) -> Transaction:

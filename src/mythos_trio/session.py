@@ -578,8 +578,7 @@ class LiveSession:
             gathering.drop()
             return wire.error_body(refusal.error_type, refusal.message, refusal.details), False
         except Exception as error:
-            gathering.drop()
-            return handler_failed(self._context, self.player_id, "on_" + entry.kind, error), False
+            return handler_failed(gathering, self.player_id, "on_" + entry.kind, error), False
 
     async def _on_subscribe(self, gathering: Gathering, kind: str, channel: str) -> Any:
         """A client's ``subscribe``: the game says whether; then it is done."""
