@@ -88,6 +88,13 @@ def e2e(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def bench_transactions(session: nox.Session) -> None:
+    """Commands with data a second, on this machine: the figures of docs/performance.rst. Half a minute a round."""
+    install(session, "test")
+    session.run("python", "-m", "tests.bench.bench_transactions", *session.posargs)
+
+
+@nox.session(default=False)
 def fmt(session: nox.Session) -> None:
     """For people: put the form right."""
     session.install(*group("lint"))

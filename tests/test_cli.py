@@ -84,6 +84,7 @@ def test_the_commands_there_are() -> None:
         "config",
         "connect",
         "explain",
+        "new",
         "pid",
         "serve",
         "sessions",

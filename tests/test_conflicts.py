@@ -61,7 +61,12 @@ drops = st.builds(
     Drop, players, pages, transports, how=st.sampled_from(("close", "reset", "cut", "stall", "mend", "mend"))
 )
 says = st.builds(
-    Say, players, pages, st.sampled_from(COMMANDS), by=ways, id=st.sampled_from(("new", "again", "other", "new"))
+    Say,
+    players,
+    pages,
+    st.sampled_from(("act", "act", "act", *COMMANDS)),
+    by=ways,
+    id=st.sampled_from(("new", "new", "again", "again", "other")),
 )
 subscribes = st.builds(
     Subscribe, players, pages, st.sampled_from(CHANNELS), on=st.sampled_from((True, True, False)), by=ways
@@ -81,13 +86,13 @@ WEIGHTS: Sequence[tuple[int, st.SearchStrategy[Step]]] = (
     (8, connects),
     (8, publishes),
     (4, drops),
-    (5, says),
+    (8, says),
     (2, subscribes),
     (2, st.builds(Ack, players, pages, by=ways)),
     (1, st.builds(Switch, players, session=st.sampled_from(("none", "new", "current", "ended")))),
     (1, st.builds(Remove, players, st.none() | pages, transports)),
     (3, waits),
-    (1, restarts),
+    (2, restarts),
     (1, st.just(Sync())),
     (1, st.builds(Stick, st.sampled_from((0.5, 3.0, 7.0)))),
 )

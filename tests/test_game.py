@@ -11,7 +11,19 @@ import pytest
 
 from mythos_trio.core.names import EVERYONE
 from mythos_trio.core.transaction import MAX_EFFECT_BYTES, MAX_EFFECTS, Append, Effect, Subscribe, Unsubscribe
-from mythos_trio.game import Command, CommandError, Game, GameError, GameSpecError, Gathering, Player, World, load_game
+from mythos_trio.game import (
+    Command,
+    CommandError,
+    Game,
+    GameError,
+    GameSpecError,
+    Gathering,
+    Player,
+    PlayerData,
+    World,
+    WorldData,
+    load_game,
+)
 from mythos_trio.seams import SeededRandomness
 from tests.support.stage import NOW, Stage
 
@@ -511,7 +523,7 @@ def test_the_pages_example_is_typed(tmp_path: Path) -> None:
 
 def test_every_name_of_the_api_stands_on_the_page() -> None:
     page = PAGE.read_text()
-    for thing in (Game, Player, World, Command):
+    for thing in (Game, Player, World, Command, WorldData, PlayerData):
         for name in vars(thing):
             if not name.startswith("_"):
                 assert f"``{name}" in page or f".{name}" in page, f"{thing.__name__}.{name}"

@@ -417,6 +417,9 @@ async def test_performance(stand: Stand) -> None:
     stand.statistics.established("websocket", 12.0)
     stand.statistics.published(2)
     stand.statistics.delivered(2, 3.0)
+    stand.statistics.ran()
+    stand.statistics.to_be_repeated()
+    stand.statistics.ran()
     answer = stand.monitor.performance()
     for transport, count in (("websocket", 1), ("sse", 0)):
         establishment = answer["connection_establishment"][transport]
@@ -430,6 +433,7 @@ async def test_performance(stand: Stand) -> None:
     assert system["open_fds"] > 0
     assert system["tasks"] >= 1
     assert answer["rates"]
+    assert answer["transactions"] == {"runs": 2, "repeated": 1}
 
 
 async def test_connection_health(stand: Stand, autojump_clock: MockClock) -> None:

@@ -10,7 +10,7 @@ import trio
 from trio.testing import MockClock
 
 from mythos_trio.core.session import State
-from mythos_trio.game import Player
+from mythos_trio.game import Game, Player
 from tests.support.games import Disk, Puppet
 from tests.support.play import Client, SSEClient, WebSocketClient, World, play
 
@@ -663,3 +663,42 @@ async def test_who_comes_back_while_the_leave_is_told_is_joined_after_it(
         back = await entered(world)
         assert (await back.command("line hi"))["ok"] is True
         assert game.told == ["join ann", "leave (removed) ann", "join ann"]
+
+
+class SlowReturn(Game):
+    """Takes its time to greet who is back."""
+
+    def __init__(self) -> None:
+        self.lost = trio.Event()
+        self.returning = trio.Event()
+
+    async def on_linkdead(self, player: Player) -> None:
+        player.send("line", "lost")
+        self.lost.set()
+
+    async def on_return(self, player: Player) -> None:
+        self.returning.set()
+        await trio.sleep(5)
+        player.send("line", "back")
+
+
+async def test_who_is_back_while_linkdead_is_being_stored_was_lost_once(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """What the arrival owes is written behind the commit that pays: it must not say that this is still owed."""
+    game, disk = SlowReturn(), Disk()
+    async with play(tmp_path / "m.db", game=game, hook=disk, crash=True) as world:
+        ann = await entered(world)
+        await trio.sleep(1)
+        disk.write_seconds = 2
+        ann.close()
+        await game.lost.wait()
+        await trio.sleep(1)  # the commit that pays is under way
+        await entered(world)
+        assert not game.returning.is_set()
+        await game.returning.wait()
+        await trio.sleep(4)
+    async with play(tmp_path / "m.db", game=SlowReturn()) as world:
+        back = await entered(world, query="position=1-0")
+        await back.hear(10)
+        assert back.lines == ["lost", "back"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import stat
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,8 +20,9 @@ from typing import Any
 import pytest
 from attrs import evolve
 
+from mythos_trio.core.data import Write
 from mythos_trio.core.position import Epoch
-from mythos_trio.core.transaction import Append, Committed, Outcome, Reason, Refused, Transaction
+from mythos_trio.core.transaction import Append, Committed, Outcome, Reason, Refused, SetTimer, Transaction
 from mythos_trio.sqlite import SqliteDatabase, database
 from mythos_trio.sqlite.files import read_boot_id
 from mythos_trio.sqlite.schema import APPLICATION_ID, SCHEMA
@@ -369,17 +372,17 @@ def test_a_file_that_was_moved_away_is_noticed_and_heals(store: Bench, path: Pat
 
 # Schema versions.
 
-VERSION_2 = ("ALTER TABLE sessions ADD COLUMN mood TEXT DEFAULT 'calm'", "INSERT INTO meta VALUES ('two', 2)")
+ADDED = ("ALTER TABLE sessions ADD COLUMN mood TEXT DEFAULT 'calm'", "INSERT INTO meta VALUES ('added', 2)")
 
 
 def test_a_new_version_is_one_more_entry(store: Bench, path: Path) -> None:
     store.begin()
     store.db.abandon()
-    newer = SqliteDatabase(path, schema=(*SCHEMA, VERSION_2))
+    newer = SqliteDatabase(path, schema=(*SCHEMA, ADDED))
     newer.open(NOW)
     assert newer.current_session("ann") is not None
     assert sql(path, "SELECT player_id, mood FROM sessions") == [("ann", "calm")]
-    assert sql(path, "PRAGMA user_version") == [(2,)]
+    assert sql(path, "PRAGMA user_version") == [(len(SCHEMA) + 1,)]
     newer.close()
     newer.open(NOW)
     newer.close()
@@ -391,10 +394,42 @@ def test_a_migration_that_fails_changes_nothing(store: Bench, path: Path) -> Non
     store.begin()
     store.db.abandon()
     with pytest.raises(StoreUnusable):
-        SqliteDatabase(path, schema=(*SCHEMA, (*VERSION_2, "CREATE NONSENSE"))).open(NOW)
+        SqliteDatabase(path, schema=(*SCHEMA, (*ADDED, "CREATE NONSENSE"))).open(NOW)
     store.restart()
     assert store.db.current_session("ann") is not None
+    assert sql(path, "PRAGMA user_version") == [(len(SCHEMA),)]
+
+
+def test_a_file_of_version_1_gets_the_games_data_and_keeps_what_it_has(tmp_path: Path) -> None:
+    """The file was written by the release before the game's data."""
+    path = tmp_path / "store.db"
+    path.write_bytes(zlib.decompress(base64.b64decode((Path(__file__).parent / "version-1.db.b64").read_text())))
     assert sql(path, "PRAGMA user_version") == [(1,)]
+    database = SqliteDatabase(path)
+    recovered = database.open(NOW)
+    try:
+        assert sql(path, "PRAGMA user_version") == [(len(SCHEMA),)]
+        assert (recovered.values, list(recovered.timers)) == ({}, [])
+        session = database.current_session("ann")
+        assert session is not None
+        assert (session.session_id, session.channels) == ("s1", ("room",))
+        kept = database.find_message("old")
+        assert kept is not None
+        put = Transaction(
+            [Append("#room", "new", b'{"id":"new"}')],
+            writes=[Write("sword", b'"ann"', 0, 1)],
+            timers=[SetTimer("world", "gong", "t1", 5.0, b"null")],
+        )
+        (outcome,) = database.commit([put], NOW)
+        assert isinstance(outcome, Committed)
+        assert outcome.last > kept.seq
+    finally:
+        database.close()
+    database = SqliteDatabase(path)
+    recovered = database.open(NOW)
+    database.close()
+    assert recovered.values["sword"].body == b'"ann"'
+    assert [timer.name for timer in recovered.timers] == ["gong"]
 
 
 def test_the_file_says_whose_it_is(store: Bench, path: Path) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mythos_trio.game import load_game
-from mythos_trio.world import MAX_NAMES, MAX_TEXT, OPPOSITE, ROOMS, SHORT, START, VERBS, DefaultGame
+from mythos_trio.world import DefaultGame
+from mythos_trio.world.fights import HEALING, PATIENCE, ROUND
+from mythos_trio.world.places import BEASTS, OPPOSITE, ROOMS, SHORT, START, THINGS
+from mythos_trio.world.scene import MAX_HITS, MAX_NAMES
+from mythos_trio.world.verbs import MAX_TEXT, VERBS
 from tests.support.stage import Stage
 
 
@@ -36,9 +42,9 @@ def test_every_way_leads_back() -> None:
 
 
 async def test_every_room_can_be_walked_to(inn: Stage) -> None:
-    path = ["down", "up", "north", "east", "west", "west", "up"]
+    path = "d e d e w u w u n e w w u d e n e w n"
     seen = {START}
-    for direction in path:
+    for direction in path.split():
         await inn.command("alice", direction)
         seen.add(room(inn, "alice"))
     assert seen == ROOMS.keys()
@@ -105,6 +111,7 @@ async def test_who_is_nowhere_is_put_into_the_tavern_by_the_next_command(inn: St
 async def test_look_is_in_sentences(inn: Stage) -> None:
     assert (await inn.command("alice", "look")).splitlines() == [
         f"You are in the tavern. {ROOMS[START].text}",
+        "You see a poker.",
         "You can go north to the square or down to the cellar.",
         "bob is here.",
     ]
@@ -238,7 +245,305 @@ async def test_joined_emojis_stay_together(inn: Stage) -> None:
     assert await inn.command("alice", f"say {family}") == f"You say: {family}"
 
 
+# Things
+
+
+async def test_every_thing_and_beast_begins_somewhere() -> None:
+    assert {thing.start for thing in THINGS.values()} <= {*ROOMS, *(f"beast/{beast}" for beast in BEASTS)}
+    assert {beast.room for beast in BEASTS.values()} <= ROOMS.keys()
+    for name, thing in THINGS.items():
+        assert name in thing.name.split()  # the word that is typed is the word that is seen
+
+
+async def test_take_drop_and_give(inn: Stage) -> None:
+    assert await inn.command("alice", "inventory") == "You carry nothing."
+    assert await inn.command("alice", "take Poker") == "You take a poker."
+    assert await inn.command("alice", "i") == "You carry a poker."
+    assert "poker" not in await inn.command("bob", "look")
+    assert await inn.command("alice", "give the poker to Bob") == "You give a poker to bob."
+    assert await inn.command("bob", "i") == "You carry a poker."
+    assert await inn.command("bob", "drop poker") == "You drop a poker."
+    assert "You see a poker." in await inn.command("alice", "look")
+    assert inn.heard("alice") == [
+        "take: alice takes a poker.",
+        "give: alice gives a poker to bob.",
+        "drop: bob drops a poker.",
+    ]
+    assert inn.scrolls["bob"][1]["marks"] == {"alice": "player", "bob": "player", "a poker": "thing"}
+
+
+@pytest.mark.parametrize(
+    ("line", "start"),
+    [
+        ("take", "Type take THING"),
+        ("take coin", "There is no coin here to take."),
+        ("take pokre", "There is no pokre here to take. Did you mean poker?"),
+        ("drop poker", "You do not carry any poker."),
+        ("give poker to bob", "You do not carry any poker."),
+        ("give", "Type give THING to WHO"),
+        ("look sword", "You see no sword here."),
+    ],
+)
+async def test_what_cannot_be_done_with_things(inn: Stage, line: str, start: str) -> None:
+    assert (await inn.refused("alice", line)).startswith(start)
+
+
+async def test_nobody_is_given_anything_who_is_not_there(inn: Stage) -> None:
+    await inn.command("alice", "take poker")
+    assert await inn.refused("alice", "give poker") == "Type give THING to WHO."
+    assert await inn.refused("alice", "give poker to bbo") == "There is nobody called bbo here. Did you mean bob?"
+    assert "nobody called alice" in await inn.refused("alice", "give poker to alice")
+    await inn.command("bob", "north")
+    assert "nobody called bob" in await inn.refused("alice", "give poker to bob")
+
+
+async def test_things_pass_to_the_next_session_with_the_place(inn: Stage) -> None:
+    await inn.command("alice", "take poker")
+    await inn.command("alice", "north")
+    inn.scrolls.clear()
+    await inn.new_session("alice")
+    assert room(inn, "alice") == "room:square"
+    assert await inn.command("alice", "i") == "You carry a poker."
+    assert inn.heard("alice")[-1].startswith("room: You are in the square.")
+
+
+async def test_look_at(inn: Stage) -> None:
+    assert await inn.command("alice", "look at the poker") == THINGS["poker"].text
+    await inn.command("alice", "take poker")
+    await inn.command("alice", "down")
+    assert await inn.command("alice", "look poker") == THINGS["poker"].text
+    assert await inn.command("alice", "look rat") == BEASTS["rat"].text
+
+
+# Fights
+
+
+@pytest.fixture
+def dice(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What the next blows take, in order; afterwards all miss."""
+    rolls: list[int] = []
+    monkeypatch.setattr("random.randint", lambda low, high: min(high, rolls.pop(0)) if rolls else low)
+    return rolls
+
+
+@pytest.fixture
+async def cellar(inn: Stage) -> Stage:
+    """Alice and Bob have gone down to the rat."""
+    for name in ("alice", "bob"):
+        await inn.command(name, "down")
+    inn.scrolls.clear()
+    return inn
+
+
+def player(stage: Stage, name: str) -> Any:
+    return stage.data(f"player/{name}")
+
+
+async def test_a_rat_fights_back_and_is_killed_and_comes_again(cellar: Stage, dice: list[int]) -> None:
+    dice += [3, 2, 0, 0, 3]
+    assert await cellar.command("alice", "fight the rat") == "You attack the rat. (You can flee.)"
+    assert await cellar.command("alice", "score") == "You have 12 of 12 hit points. You are fighting the rat."
+    await cellar.later(ROUND)
+    assert "The rat is here, hurt." in await cellar.command("bob", "look")
+    await cellar.later(2 * ROUND)
+    assert cellar.heard("bob") == [
+        "fight: alice attacks the rat!",
+        "fight: alice hits the rat.",
+        "fight: The rat hits alice.",
+        "fight: alice misses the rat.",
+        "fight: The rat misses alice.",
+        "fight: alice hits the rat.",
+        "fight: The rat is dead. alice has won.",
+    ]
+    assert await cellar.command("alice", "score") == "You have 10 of 12 hit points."
+    assert (
+        cellar.scrolls["alice"][3] | {"replace_key": "hits", "hits": 10, "max_hits": 12} == cellar.scrolls["alice"][3]
+    )
+    assert "rat" not in await cellar.command("bob", "look")
+    assert "nobody called rat" in await cellar.refused("bob", "fight rat")
+    await cellar.later(BEASTS["rat"].away)
+    assert cellar.heard("bob") == ["arrive: Out of the dark comes the rat."]
+    assert "The rat is here.\n" in await cellar.command("bob", "look")
+    assert cellar.timers == {}
+
+
+async def test_two_can_fight_one_beast_and_one_of_them_wins(cellar: Stage, dice: list[int]) -> None:
+    dice += [3, 0, 3]
+    await cellar.command("alice", "fight rat")
+    await cellar.command("bob", "fight rat")
+    await cellar.later(ROUND)
+    assert cellar.heard("bob")[-1] == "fight: The rat is dead. bob has won."
+    await cellar.later(ROUND)
+    assert cellar.heard("bob") == ["fight: alice looks around for the rat: the fight is over."]
+    assert "foe" not in player(cellar, "alice")
+    assert "foe" not in player(cellar, "bob")
+
+
+async def test_the_best_weapon_counts(cellar: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("random.randint", lambda low, high: high)
+    cellar.subscriptions["alice"] = []
+    cellar.values.clear()
+    for line in ("take poker", "n", "n", "n", "take sword", "s", "s", "s", "d", "fight rat"):
+        await cellar.command("alice", line)
+    await cellar.later(ROUND)
+    assert cellar.data("beast/rat") == 1
+
+
+async def test_death_is_soft(cellar: Stage, dice: list[int]) -> None:
+    await cellar.command("alice", "take lantern")
+    await cellar.command("alice", "fight rat")
+    dice += [0, 2] * 6
+    cellar.scrolls.clear()
+    await cellar.later(6 * ROUND)
+    assert cellar.heard("bob")[-1] == "fight: alice falls. The rat has won."
+    assert "You see a lantern." in await cellar.command("bob", "look")
+    assert room(cellar, "alice") == START
+    *_, hits, woke = cellar.heard("alice")
+    assert hits == "hits: You have 1 of 12 hit points."
+    assert woke.startswith("room: It is dark, then it is warm. You are in the tavern.")
+    assert player(cellar, "alice") == {"room": START, "hits": 1}
+    # By the fire it gets better, and nowhere else.
+    await cellar.later(3 * HEALING)
+    assert player(cellar, "alice")["hits"] == 4
+    await cellar.command("alice", "north")
+    await cellar.later(100)
+    assert player(cellar, "alice")["hits"] == 4
+    await cellar.command("alice", "south")
+    await cellar.later(100)
+    assert player(cellar, "alice")["hits"] == MAX_HITS
+    assert cellar.timers == {}
+
+
+async def test_a_fallen_trolls_crown_lies_in_the_cavern(inn: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    for line in ("d", "e", "d"):
+        await inn.command("alice", line)
+    assert "crown" not in await inn.command("alice", "look")
+    monkeypatch.setattr("random.randint", lambda low, high: high if high == 3 else 0)
+    await inn.command("alice", "fight troll")
+    await inn.later(30)
+    assert await inn.command("alice", "take crown") == "You take a crown."
+
+
+async def test_who_fights_cannot_walk_away_but_flee(cellar: Stage, dice: list[int]) -> None:
+    assert await cellar.refused("alice", "flee") == "You are not fighting."
+    await cellar.command("alice", "fight rat")
+    assert await cellar.refused("alice", "up") == "You cannot walk away while you fight the rat; you can flee."
+    assert "while you fight the rat" in await cellar.refused("alice", "fight bob")
+    assert (await cellar.command("alice", "flee")).startswith("You flee. You are in ")
+    assert cellar.heard("bob")[1:2] == ["fight: alice flees from the rat!"]
+    assert room(cellar, "alice") in ROOMS["room:cellar"].exits.values()
+    assert cellar.timers == {}
+
+
+async def duel(stage: Stage) -> None:
+    assert await stage.command("alice", "fight Bob") == "You challenge bob, who may now type: fight alice"
+    assert await stage.command("bob", "fight alice") == "You fight alice. (You can flee.)"
+    stage.scrolls.clear()
+
+
+async def test_a_duel(inn: Stage, dice: list[int]) -> None:
+    await duel(inn)
+    dice += [1, 3, 0, 3, 0, 3, 0, 3]
+    await inn.later(4 * ROUND)
+    assert [line for line in inn.heard("alice") if line.startswith("fight")] == [
+        "fight: bob hits alice.",
+        "fight: alice hits bob.",
+        "fight: bob misses alice.",
+        "fight: alice hits bob.",
+        "fight: bob misses alice.",
+        "fight: alice hits bob.",
+        "fight: bob misses alice.",
+        "fight: alice hits bob.",
+        "fight: bob falls. alice has won.",
+    ]
+    assert (player(inn, "alice")["hits"], player(inn, "bob")["hits"]) == (11, 1)
+    await inn.later(ROUND + HEALING * MAX_HITS)
+    assert player(inn, "alice")["hits"] == player(inn, "bob")["hits"] == MAX_HITS
+    assert inn.timers == {}
+
+
+async def test_a_challenge_is_not_a_fight_until_it_is_taken_up(inn: Stage, dice: list[int]) -> None:
+    await inn.join("carol")
+    dice += [3] * 100
+    await inn.command("alice", "fight bob")
+    assert await inn.refused("carol", "fight alice") == "alice is fighting bob; wait until that is over."
+    inn.scrolls.clear()
+    await inn.later(PATIENCE * ROUND)
+    assert inn.heard("bob") == []
+    await inn.later(ROUND)
+    assert inn.heard("bob") == ["fight: alice no longer waits for bob."]
+    assert player(inn, "alice") == {"room": START}
+    # Nor if the other walks away.
+    await inn.command("alice", "fight bob")
+    await inn.command("bob", "north")
+    await inn.later(ROUND)
+    assert "foe" not in player(inn, "alice")
+    assert inn.timers == {}
+
+
+async def test_a_duel_waits_for_who_is_link_dead(inn: Stage, dice: list[int]) -> None:
+    await duel(inn)
+    await inn.lose("bob")
+    dice += [3] * 100
+    await inn.later(100)
+    assert inn.heard("alice") == [
+        "presence: bob stares into the distance: the connection is lost. The fight waits.",
+    ]
+    assert (await inn.command("alice", "score")).endswith("You are fighting bob.")
+    await inn.come_back("bob")
+    await inn.later(ROUND)
+    assert inn.heard("alice")[:2] == ["presence: bob is back. The fight goes on.", "fight: bob hits alice."]
+
+
+@pytest.mark.parametrize("how", ["leaves", "begins a new session", "flees"])
+async def test_a_duel_ends_for_both_when_one(inn: Stage, dice: list[int], how: str) -> None:
+    await duel(inn)
+    match how:
+        case "leaves":
+            await inn.leave("bob")
+            assert inn.heard("alice") == ["presence: bob has left the world. The fight is over."]
+        case "flees":
+            await inn.command("bob", "flee")
+        case _:
+            await inn.new_session("bob")
+    assert "foe" not in player(inn, "alice")
+    assert "foe" not in player(inn, "bob")
+    await inn.later(2 * ROUND)
+    assert inn.timers == {}
+
+
+async def test_nobody_challenges_who_cannot_answer(inn: Stage) -> None:
+    await inn.lose("bob")
+    assert await inn.refused("alice", "fight bob") == "bob has lost the connection, and cannot answer."
+    assert "nobody called alice" in await inn.refused("alice", "fight alice")
+    assert await inn.refused("alice", "fight") == "Type fight WHO."
+
+
+async def test_a_fight_with_a_beast_waits_too(cellar: Stage, dice: list[int]) -> None:
+    await cellar.command("alice", "fight rat")
+    await cellar.lose("alice")
+    dice += [2] * 100
+    await cellar.later(100)
+    assert player(cellar, "alice") == {"room": "room:cellar", "foe": "beast/rat"}
+    await cellar.leave("alice")
+    assert player(cellar, "alice") == {"room": "room:cellar"}
+    assert cellar.timers == {}
+
+
 # The rest
+
+
+async def test_a_message_says_which_of_its_words_are_what(cellar: Stage) -> None:
+    await cellar.new_session("alice")
+    (message,) = [message for message in cellar.scrolls["alice"] if message["type"] == "room"]
+    assert message["marks"] == {
+        "bob": "player",
+        "a lantern": "thing",
+        "the rat": "beast",
+        "up": "exit",
+        "east": "exit",
+    }
+    assert "\x1b" not in message["content"]
 
 
 async def test_who(inn: Stage) -> None:
@@ -284,6 +589,6 @@ async def test_a_command_without_text_is_refused_with_an_example(inn: Stage, con
 
 async def test_what_only_reads_says_nothing_to_anybody(inn: Stage) -> None:
     before = inn.moment()
-    for line in ("look", "who", "help", "help say", "test"):
+    for line in ("look", "look poker", "i", "score", "who", "help", "help say", "test"):
         await inn.command("alice", line)
     assert inn.moment() == before

@@ -4,7 +4,7 @@ A player's session is one numbered, stored stream of messages; any number of Web
 connections carry it at the same time. The map, from the outside in:
 
 ========================================  ========================================================================
-``cli``, ``reload``                       the command line; starting anew when code changes
+``cli``, ``reload``, ``scaffold``         the command line; starting anew when code changes; a game to begin with
 ``terminal``, ``client``, ``carriers``    a player's client: a line to type in, both transports, their connections
 ``server``                                what exists, the tree of tasks, how it stops
 ``front``, ``http1``, ``access``          accept, read a request's head, who may, where it goes
@@ -12,11 +12,13 @@ connections carry it at the same time. The map, from the outside in:
 ``posts``                                 publishing, commands and acknowledgements by POST
 ``bridge``, ``api``, ``monitor``          Hypercorn and the Quart-Trio app: the API and the monitoring pages
 ``registrar``, ``session``, ``handlers``  who is in which session; the player's nursery; the game's handlers
+``timers``                                the game's timers that run now
 ``dispatcher``, ``hub``, ``connection``   from a committed transaction to the bytes on each connection
 ``checker``                               pings, verdicts, clean-up, gauges
 ``link``, ``net``                         the owner of each socket; the seam to the network
 ``storage``, ``sqlite``                   the promise: what is stored, and in which order
 ``game``, ``world``                       what a game's author writes; the default game
+``testing``                               scenes of a game in virtual time, for its tests
 ``config``, ``logs``, ``statistics``      settings; what is logged; what is counted
 ``seams``, ``machine``                    wall clock and randomness; what the machine says of itself
 ``core``                                  the rules: values in, values out

@@ -283,6 +283,26 @@ def _own_url(settings: Settings) -> str:
     return f"http://{_reachable(settings.host)}:{settings.port}"
 
 
+# new
+
+
+@main.command()
+@click.argument("name")
+def new(name: str) -> None:
+    """Write a small game called NAME, with tests, into a new directory. Nothing is overwritten."""
+    from mythos_trio.scaffold import CannotWrite, write_game
+
+    try:
+        files = write_game(name, Path.cwd())
+    except CannotWrite as error:
+        _fail(Failure(EXIT_FAILED, str(error), "Such as: mythos-trio new mygame"))
+        sys.exit(EXIT_FAILED)
+    for path in files:
+        click.echo(f"written: {path.relative_to(Path.cwd())}")
+    click.echo(f"\nRun it:   cd {name} && mythos-trio serve {name}:game --reload")
+    click.echo(f"Test it:  cd {name} && python -m pytest")
+
+
 # connect
 
 

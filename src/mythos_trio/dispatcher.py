@@ -124,11 +124,15 @@ class Dispatcher:
 
     async def submit(self, transaction: Transaction) -> Submission:
         """Queue *transaction*; waits for room, `ROOM_SECONDS` at most, then refuses (503)."""
+        await self.wait_room()
+        return self.submit_nowait(transaction)
+
+    async def wait_room(self) -> None:
+        """Until something can be queued, `ROOM_SECONDS` at most. Does not wait if there is room."""
         if not self._has_room():
             with trio.move_on_after(ROOM_SECONDS):
                 while not self._has_room():
                     await self._room.wait()
-        return self.submit_nowait(transaction)
 
     def submit_nowait(self, transaction: Transaction) -> Submission:
         """Queue *transaction*, or refuse it at once if too much is unsaved."""
@@ -193,6 +197,8 @@ class Dispatcher:
             if isinstance(outcome, Committed):
                 messages, submission.connections = self._hub.apply(submission.transaction, outcome)
                 deliveries += [_Delivery(message, submission.accepted) for message in messages]
+            else:
+                self._hub.data.failed(submission.transaction.writes)
             submission.settle(outcome)
         return deliveries
 

@@ -16,7 +16,7 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from difflib import get_close_matches
 from functools import reduce
 from pathlib import Path
@@ -25,13 +25,28 @@ from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar
 from attrs import frozen
 
 from mythos_trio.core import messages, names, wire
+from mythos_trio.core.data import PLAYER, Value, check_key, max_bytes, player_key
 from mythos_trio.core.errors import Refusal
-from mythos_trio.core.transaction import MAX_EFFECT_BYTES, MAX_EFFECTS, Append, Effect, Subscribe, Unsubscribe
+from mythos_trio.core.transaction import (
+    MAX_EFFECT_BYTES,
+    MAX_EFFECTS,
+    Append,
+    CancelTimer,
+    Effect,
+    SetTimer,
+    Subscribe,
+    TimerChange,
+    Unsubscribe,
+)
 from mythos_trio.seams import Randomness, rfc3339
 
 __all__ = ["Command", "CommandError", "Game", "GameError", "Health", "Player", "Presence", "World"]
 
 T = TypeVar("T")
+
+# The owner of the world's timers; a player's is `player_key`.
+WORLD: Final = "world"
+MAX_TIMER_SECONDS: Final = 366 * 86400
 
 Presence: TypeAlias = Literal["online", "linkdead", "offline"]
 Health: TypeAlias = Literal["healthy", "degraded", "unhealthy"]
@@ -73,6 +88,98 @@ class Command:
         return content if isinstance(content, str) else ""
 
 
+class WorldData:
+    """The world's data: JSON values under keys, such as ``room:cellar/sword``. Valid until the handler ends.
+
+    What is read is a copy: a change counts when it is put back. ``data["chest"] = {"gold": 3}`` is stored when
+    the handler ends, with all else that it did. If another handler has changed what this one has read
+    before that, this one is run again from its beginning, so that nothing is lost between the two. A
+    player's data stands under ``player/NAME``; `World.data_of` is the comfortable way to it.
+    """
+
+    __slots__ = ("_gathering",)
+
+    def __init__(self, gathering: Gathering) -> None:
+        self._gathering = gathering
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._gathering.read_value(key)
+        if value is None:
+            raise KeyError(key)
+        return value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = self._gathering.read_value(key)
+        return default if value is None else value
+
+    def __contains__(self, key: str) -> bool:
+        return self._gathering.read_value(key) is not None
+
+    def __setitem__(self, key: str, value: object) -> None:
+        if value is None:
+            raise GameError(f"data[{key!r}] = None: None means that there is nothing; use `del data[{key!r}]`")
+        self._gathering.write_value(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        self[key]
+        self._gathering.write_value(key, None)
+
+    def pop(self, key: str, default: Any = None) -> Any:
+        """Take the value out, or *default* if there is none."""
+        value = self._gathering.read_value(key)
+        if value is None:
+            return default
+        self._gathering.write_value(key, None)
+        return value
+
+
+class PlayerData:
+    """A player's data: names and JSON values, at most 16 KiB together. Valid until the handler ends.
+
+    It belongs to the player and passes from session to session. As with `WorldData`, what is read is a copy.
+    """
+
+    __slots__ = ("_gathering", "_key")
+
+    def __init__(self, gathering: Gathering, player_id: str) -> None:
+        self._gathering = gathering
+        self._key = player_key(player_id)
+
+    def _all(self) -> dict[str, Any]:
+        value = self._gathering.read_value(self._key)
+        return value if isinstance(value, dict) else {}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._all()[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._all().get(name, default)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._all()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __setitem__(self, name: str, value: object) -> None:
+        if not isinstance(name, str):
+            raise GameError(f"data[{name!r}]: a name is a string")
+        self._gathering.write_value(self._key, {**self._all(), name: value})
+
+    def __delitem__(self, name: str) -> None:
+        everything = self._all()
+        del everything[name]
+        self._gathering.write_value(self._key, everything)
+
+    def pop(self, name: str, default: Any = None) -> Any:
+        everything = self._all()
+        if name not in everything:
+            return default
+        value = everything.pop(name)
+        self._gathering.write_value(self._key, everything)
+        return value
+
+
 class World:
     """Everybody and every place. Valid until the handler that was handed it ends.
 
@@ -95,6 +202,26 @@ class World:
         """Send to one player; who is absent finds it on coming back, like mail."""
         target = names.to_player(_checked("send", names.player_id, player_id))
         self._gathering.append("send", target, type_, content, fields)
+
+    @property
+    def data(self) -> WorldData:
+        """Values that belong to nobody: the state of rooms, things, monsters."""
+        return WorldData(self._gathering)
+
+    def data_of(self, player_id: str) -> PlayerData:
+        """A player's data, present or not."""
+        return PlayerData(self._gathering, _checked("data_of", names.player_id, player_id))
+
+    def after(self, seconds: float, name: str, value: object = None) -> None:
+        """Have `Game.on_world_timer` run in *seconds*, once, whatever happens to the server meanwhile.
+
+        A timer of the world with the same name is replaced.
+        """
+        self._gathering.set_timer(WORLD, seconds, name, value)
+
+    def cancel(self, name: str) -> None:
+        """Stop the world's timer *name*, if there is one."""
+        self._gathering.cancel_timer(WORLD, name)
 
     def broadcast(self, type_: str, content: object, /, **fields: object) -> None:
         """Send to everyone who has a session."""
@@ -136,6 +263,23 @@ class Player:
     def unsubscribe(self, channel: str) -> None:
         """From here on the player no longer gets what is published to *channel*."""
         self._gathering.unsubscribe(_channel("unsubscribe", channel))
+
+    @property
+    def data(self) -> PlayerData:
+        """The player's own values: they pass from session to session."""
+        return PlayerData(self._gathering, self.id)
+
+    def after(self, seconds: float, name: str, value: object = None) -> None:
+        """Have `Game.on_timer` run in *seconds*, once, whatever happens to the server meanwhile.
+
+        A player's timers rest while the player is offline, and then wait their full time again; so they do
+        after a restart. A timer of the same player and name is replaced.
+        """
+        self._gathering.set_timer(player_key(self.id), seconds, name, value)
+
+    def cancel(self, name: str) -> None:
+        """Stop the player's timer *name*, if there is one."""
+        self._gathering.cancel_timer(player_key(self.id), name)
 
     @property
     def channels(self) -> list[str]:
@@ -191,6 +335,12 @@ class Game:
         leave it. Return whether it may; it is then done."""
         return False
 
+    async def on_timer(self, player: Player, name: str, value: Any) -> None:
+        """A timer of the player's is due (`Player.after`). It is gone when this is stored, so it runs once."""
+
+    async def on_world_timer(self, world: World, name: str, value: Any) -> None:
+        """A timer of the world's is due (`World.after`)."""
+
     async def on_linkdead(self, player: Player) -> None:
         """The player's last connection is gone. There are ``LINKDEAD_GRACE`` seconds to come back."""
 
@@ -199,6 +349,10 @@ class Game:
 
     async def on_leave(self, player: Player, reason: str) -> None:
         """The player has left the world: link-dead for too long, or the session has ended."""
+
+    async def background(self) -> None:
+        """The game's own task, such as weather: it begins when the server is ready, with `run` for what it does,
+        and is cancelled when the server stops. If it raises, that is logged, and it begins again after a pause."""
 
     async def run(self, function: Callable[[World], Awaitable[T]]) -> T:
         """Do something that no player asked for: from a task of the game's own, not from a handler.
@@ -235,6 +389,9 @@ class View(Protocol):
         ...
 
     def health(self, player_id: str) -> Health: ...
+    def value(self, key: str) -> Value:
+        """The newest value of the game's data, stored or not."""
+        ...
 
 
 class Gathering:
@@ -259,8 +416,14 @@ class Gathering:
         ended: bool = False,
     ) -> None:
         self.effects: list[Effect] = []
+        self.reads: dict[str, int] = {}
+        """The version of every key of the data that the handler has read or written."""
+        self.writes: dict[str, bytes | None] = {}
+        self.timers: list[TimerChange] = []
         self.new_session_wanted = False
         self.disconnect_wanted: str | None = None
+        self.report: Callable[[], None] = lambda: None
+        """What to log if this run of the handler counts."""
         self._player_id = player_id
         self._session_id = session_id
         self._view = view
@@ -291,6 +454,8 @@ class Gathering:
     def drop(self) -> None:
         """The handler has failed: it has done, and asked for, nothing."""
         self.effects.clear()
+        self.writes.clear()
+        self.timers.clear()
         self.new_session_wanted = False
         self.disconnect_wanted = None
 
@@ -350,6 +515,54 @@ class Gathering:
         others = [name for name in committed if name != player_id]
         return [*others, player_id] if channel in self._joined else others
 
+    def read_value(self, key: str) -> Any:
+        """The handler's own value, else the newest: a copy. None if there is none."""
+        self._check_open("data")
+        key = _checked("data", check_key, key)
+        body = self.writes[key] if key in self.writes else self._newest(key)
+        return None if body is None else messages.decode_json(body)
+
+    def _newest(self, key: str) -> bytes | None:
+        # If another handler has finished since the first look, this one is run again when it ends: until then it
+        # may see what it could not have seen together, but nothing of that counts.
+        value = self._view.value(key)
+        self.reads.setdefault(key, value.version)
+        return value.body
+
+    def write_value(self, key: str, value: object) -> None:
+        self._check_open("data")
+        key = _checked("data", check_key, key)
+        self._newest(key)
+        if key.startswith(PLAYER) and value is not None and not isinstance(value, dict):
+            raise GameError(f"data[{key!r}]: a player's data are names and values: a dict, not {_brief(value)}")
+        body = None if value is None else _as_json(f"data[{key!r}]", lambda: wire.encode(value))
+        if body is not None and len(body) > max_bytes(key):
+            raise GameError(f"data[{key!r}]: {len(body):,} bytes; there is room for {max_bytes(key):,}")
+        if key not in self.writes:
+            self._count(len(key))
+        self._weigh(len(body or b""))
+        self.writes[key] = body
+
+    def set_timer(self, owner: str, seconds: float, name: str, value: object) -> None:
+        self._check_open("after")
+        name = _checked("after", names.message_id, name)
+        if not isinstance(seconds, (int, float)) or not 0 <= seconds <= MAX_TIMER_SECONDS:
+            raise GameError(f"after: seconds are a number from 0 to {MAX_TIMER_SECONDS:,}, not {_brief(seconds)}")
+        body = _as_json("after", lambda: wire.encode(value))
+        self._check_size("after", body)
+        self._count(len(body))
+        self.timers.append(SetTimer(owner, name, self._randomness.token(), float(seconds), body))
+
+    def cancel_timer(self, owner: str, name: str) -> None:
+        self._check_open("cancel")
+        self._count(len(name))
+        self.timers.append(CancelTimer(owner, _checked("cancel", names.message_id, name)))
+
+    @property
+    def has_effects(self) -> bool:
+        """Whether there is anything to commit."""
+        return bool(self.effects or self.writes or self.timers)
+
     def ask_for_new_session(self) -> None:
         self._check_open("new_session")
         self.new_session_wanted = True
@@ -369,18 +582,25 @@ class Gathering:
         return self._player_id, self._session_id
 
     def _gather(self, effect: Effect, size: int) -> None:
-        if len(self.effects) >= MAX_EFFECTS:
+        self._count(size)
+        self.effects.append(effect)
+
+    def _count(self, size: int) -> None:
+        """One more effect of *size* bytes."""
+        if len(self.effects) + len(self.writes) + len(self.timers) >= MAX_EFFECTS:
             raise GameError(
                 f"one handler may send, publish and subscribe {MAX_EFFECTS:,} times in all. To reach many players "
                 "publish once to a channel that they subscribe to."
             )
+        self._weigh(size)
+
+    def _weigh(self, size: int) -> None:
         if self._bytes + size > MAX_EFFECT_BYTES:
             raise GameError(
-                f"one handler's messages may have {MAX_EFFECT_BYTES:,} bytes in all. Send less, or publish once to "
-                "a channel instead of the same to each player."
+                f"one handler's messages and data may have {MAX_EFFECT_BYTES:,} bytes in all. Send less, or "
+                "publish once to a channel instead of the same to each player."
             )
         self._bytes += size
-        self.effects.append(effect)
 
     def _check_size(self, call: str, body: bytes) -> None:
         if len(body) > self._max_message_size:
@@ -436,9 +656,12 @@ HANDLERS: Final = {
     "on_join": ("player",),
     "on_command": ("player", "command"),
     "on_subscribe": ("player", "channel"),
+    "on_timer": ("player", "name", "value"),
+    "on_world_timer": ("world", "name", "value"),
     "on_linkdead": ("player",),
     "on_return": ("player",),
     "on_leave": ("player", "reason"),
+    "background": (),
 }
 _SPEC: Final = re.compile(r"([\w.]+):([\w.]+)")
 
@@ -460,6 +683,15 @@ def load_game(spec: str) -> Game:
         sys.path.insert(0, str(Path.cwd()))
     module_name, path = match.groups()
     found = reduce(lambda parent, name: _attribute(spec, parent, name), path.split("."), _module(spec, module_name))
+    return make_game(spec, found)
+
+
+def make_game(spec: str, found: object) -> Game:
+    """*found* as a game: it is one, or has some of the handlers, or makes one without arguments.
+
+    :param spec: how its author calls it, for the error.
+    :raises GameSpecError: it is none, or its handlers are not as they have to be.
+    """
     return _as_game(spec, _made(spec, found))
 
 

@@ -6,7 +6,9 @@ connection ends.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+import time
+import types
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import trio
@@ -14,16 +16,27 @@ from attrs import define, field, frozen
 
 from mythos_trio import logs
 from mythos_trio.core import wire
+from mythos_trio.core.data import MAX_RUNS, Value
 from mythos_trio.core.errors import DRAIN, ErrorType, Refusal
+from mythos_trio.core.messages import decode_json
 from mythos_trio.core.session import Owed, State, parse_presence
-from mythos_trio.core.transaction import Committed, PresenceMark, Transaction
-from mythos_trio.game import CommandError, Game, Gathering, Health, Player, World
+from mythos_trio.core.transaction import (
+    Committed,
+    PresenceMark,
+    Reason,
+    Refused,
+    SetTimer,
+    Transaction,
+)
+from mythos_trio.dispatcher import refusal_of
+from mythos_trio.game import WORLD, CommandError, Game, GameError, Gathering, Health, Player, World
 from mythos_trio.game import Presence as PresenceText
 from mythos_trio.storage import SessionRow
+from mythos_trio.timers import TimerClock
 
 if TYPE_CHECKING:
     from mythos_trio.config import Settings
-    from mythos_trio.dispatcher import Dispatcher
+    from mythos_trio.dispatcher import Dispatcher, Submission
     from mythos_trio.hub import Hub
     from mythos_trio.seams import Clock, Randomness
     from mythos_trio.session import LiveSession
@@ -33,8 +46,56 @@ T = TypeVar("T")
 
 log = logs.get("session")
 
+# Timers that are due and wait for their turn: more cannot be, since a name has one timer.
+MAX_DUE: Final = float("inf")
+
 # A commit that the store refused is tried again after this time; the store heals by itself.
 RETRY_SECONDS: Final = 5.0
+
+# Who has to run again waits for its turn so long, and then runs without one: a handler that is slow holds up
+# the others on the same key no longer than this.
+TURN_SECONDS: Final = 1.0
+
+# A handler that runs for so long without an `await` that waits is named in the log: meanwhile nobody is served.
+BLOCKED_SECONDS: Final = 0.1
+
+# A background of the game that has failed begins again after a wait, which doubles as long as it fails.
+FIRST_PAUSE: Final = 1.0
+LONGEST_PAUSE: Final = 60.0
+
+
+class Turns:
+    """Handlers that have to run again come one after another, key by key.
+
+    Else, if a hundred that await something want the same key, in every round one is through and ninety-nine
+    have run in vain, until they have used up their runs.
+    """
+
+    def __init__(self) -> None:
+        self._locks: dict[str, trio.Lock] = {}
+
+    async def take(self, keys: list[str]) -> list[str]:
+        """Wait for the turn on *keys*, `TURN_SECONDS` at most. They are in order, so nobody waits in a circle.
+
+        :returns: the keys to `give_back`.
+        """
+        held: list[str] = []
+        try:
+            with trio.move_on_after(TURN_SECONDS):
+                for key in keys:
+                    await self._locks.setdefault(key, trio.Lock()).acquire()
+                    held.append(key)
+        except BaseException:
+            self.give_back(held)
+            raise
+        return held
+
+    def give_back(self, held: list[str]) -> None:
+        for key in held:
+            lock = self._locks[key]
+            lock.release()
+            if not lock.locked():  # nobody has been waiting for it
+                del self._locks[key]
 
 
 @define(eq=False)
@@ -48,12 +109,13 @@ class Context:
     statistics: Statistics
     clock: Clock
     randomness: Randomness
+    turns: Turns = field(factory=Turns)
     draining: bool = False
     """From now on no command is taken, and a link-dead connection owes nothing."""
     switch: Callable[[LiveSession], None] = lambda _: None
     """Given by the registrar: begin a new session for this one's player."""
-    handlers: dict[trio.CancelScope, None] = field(factory=dict)
-    """The handlers that run now: a drain cuts them off after a while."""
+    handlers: dict[trio.CancelScope, trio.lowlevel.Task] = field(factory=dict)
+    """The handlers that run now, and in which task: a drain cuts them off after a while."""
 
 
 @frozen
@@ -94,6 +156,9 @@ class SessionView:
         session = self.hub.sessions.get(player_id)
         return () if session is None else list(session.channels)
 
+    def value(self, key: str) -> Value:
+        return self.hub.data.newest(key)
+
     def health(self, player_id: str) -> Health:
         session = self.hub.sessions.get(player_id)
         healthy = [] if session is None else [c.healthy for c in session.connections.values()]
@@ -114,20 +179,89 @@ def new_gathering(context: Context, row: SessionRow, channels: list[str], *, end
     )
 
 
+async def transact(
+    context: Context,
+    run: Callable[[], Awaitable[tuple[Gathering, T]]],
+    complete: Callable[[Gathering, T], Transaction | None],
+    joined: Callable[[Submission], None] = lambda _: None,
+) -> tuple[Gathering, T, Committed | Refused | None]:
+    """Run a handler as a transaction: again if another one has changed what it read (`mythos_trio.core.data`).
+
+    :param run: makes a gathering and runs the handler on it; what it returns is handed to *complete*.
+    :param complete: the transaction that stores what it did; None if there is nothing to store.
+    :param joined: is told when the transaction has joined the queue: from then on it is the dispatcher's.
+    :returns: the last run, and its outcome; None if nothing had to be stored. Then all that it read is.
+    :raises Refusal: too much is unsaved, or others have been quicker `MAX_RUNS` times.
+    """
+    data = context.hub.data
+    changed: list[str] = []
+    for _ in range(MAX_RUNS):
+        turn = await context.turns.take(changed) if changed else []
+        try:
+            context.statistics.ran()
+            gathering, result = await run()
+            await context.dispatcher.wait_room()
+            # From here to the queue nothing waits: what is checked is still so when it is done.
+            if not data.is_current(gathering.reads):
+                context.statistics.to_be_repeated()
+                changed = data.changed(gathering.reads)
+                continue
+            gathering.report()
+            transaction = complete(gathering, result)
+            if transaction is not None:
+                submission = _join(context, transaction, gathering)
+                joined(submission)
+        finally:
+            context.turns.give_back(turn)
+        if transaction is None:
+            if await _is_stored(data.rests_on(gathering.reads)):
+                return gathering, result, None
+            continue
+        outcome = await submission.wait()
+        if isinstance(outcome, Refused) and outcome.reason == Reason.STALE:
+            context.statistics.to_be_repeated()
+            continue
+        return gathering, result, outcome
+    raise Refusal(ErrorType.CAPACITY, "busy: others keep changing what this needs; try again", status=503, retry_ms=200)
+
+
+def _join(context: Context, transaction: Transaction, gathering: Gathering) -> Submission:
+    """Its writes become the newest values, and it goes to the end of the writer's queue."""
+    transaction.reads = {key: version for key, version in gathering.reads.items() if key not in gathering.writes}
+    transaction.timers = gathering.timers
+    submission = context.dispatcher.submit_nowait(transaction)
+    transaction.writes = context.hub.data.join(gathering.writes, submission)
+    return submission
+
+
+async def _is_stored(submissions: list[Submission]) -> bool:
+    """Wait for the commits; whether all of them are through."""
+    return all([isinstance(await submission.wait(), Committed) for submission in submissions])
+
+
 async def run_handler(
     context: Context, call: Callable[[], Awaitable[Any]], gathering: Gathering, player_id: str, name: str
 ) -> Any:
     """Run one handler under its deadline. Afterwards what it was handed can no longer be used."""
     with trio.move_on_after(context.settings.handler_timeout) as scope:
-        context.handlers[scope] = None
+        context.handlers[scope] = trio.lowlevel.current_task()
         try:
-            return await call()
+            return await contained(call, name, player_id)
         finally:
             gathering.close()
             del context.handlers[scope]
     if scope.cancelled_caught and context.draining:
         raise draining()
     if scope.cancelled_caught:
+        log.error(
+            f"Unexpected error in {name}: it took longer than HANDLER_TIMEOUT",
+            error_type=ErrorType.SYSTEM.value,
+            player_id=player_id,
+            handler=name,
+            seconds=context.settings.handler_timeout,
+        )
+        # Whatever it has read: it is not run again, to take as long once more.
+        gathering.reads.clear()
         raise Refusal(
             ErrorType.SYSTEM,
             f"the game took longer than {context.settings.handler_timeout:g} seconds; nothing has happened",
@@ -137,11 +271,66 @@ async def run_handler(
     return None
 
 
-def handler_failed(context: Context, player_id: str, name: str, error: Exception) -> bytes:
-    """The error reply for a handler that raised *error*, which has then done nothing."""
+async def contained(call: Callable[[], Awaitable[T]], name: str, player_id: str) -> T:
+    """Run code of the game's: what escapes is an `Exception`, or Trio's `Cancelled`; what blocks is named."""
+    try:
+        return await _timed(call().__await__(), name, player_id)
+    except (Exception, trio.Cancelled):
+        raise
+    except BaseExceptionGroup as group:
+        if group.subgroup(trio.Cancelled) is not None:
+            raise
+        raise _ends_nothing(name, group) from group
+    except BaseException as error:
+        # sys.exit() in a handler would end the server, for all.
+        raise _ends_nothing(name, error) from error
+
+
+def _ends_nothing(name: str, error: BaseException) -> GameError:
+    return GameError(f"{name} raised {error!r}: a game cannot end the server; to turn a player down raise CommandError")
+
+
+@types.coroutine
+def _timed(steps: Generator[Any, Any, T], name: str, player_id: str) -> Generator[Any, Any, T]:
+    """*steps*, and a warning for those that keep everybody else waiting."""
+    go: Callable[[], Any] = lambda: steps.send(None)  # noqa: E731
+    while True:
+        began = time.perf_counter()
+        try:
+            message = go()
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        finally:
+            if (seconds := time.perf_counter() - began) >= BLOCKED_SECONDS:
+                _warn_blocked(name, player_id, seconds)
+        try:
+            value = yield message
+        except BaseException as error:
+            go = lambda e=error: steps.throw(e)  # type: ignore[misc]  # noqa: E731
+        else:
+            go = lambda v=value: steps.send(v)  # type: ignore[misc]  # noqa: E731
+
+
+def _warn_blocked(name: str, player_id: str, seconds: float) -> None:
+    log.warning(
+        f"The game blocked the server: {name} ran for {seconds:.2f} s without waiting; meanwhile nobody was served",
+        handler=name,
+        player_id=player_id,
+        seconds=round(seconds, 3),
+        fix="await trio.to_thread.run_sync(function) for what takes long; trio.sleep instead of time.sleep",
+    )
+
+
+def handler_failed(gathering: Gathering, player_id: str, name: str, error: Exception) -> bytes:
+    """The error reply for a handler that raised *error*, which has then done nothing.
+
+    It is logged if the run counts: what was read may not have belonged together, and then it is run again.
+    """
+    gathering.drop()
     if isinstance(error, CommandError):
         return wire.error_body(ErrorType.VALIDATION, error.message, error.details)
-    log.error(
+    gathering.report = lambda: log.error(
         f"Unexpected error in {name}",
         error_type=ErrorType.SYSTEM.value,
         player_id=player_id,
@@ -164,19 +353,12 @@ async def presence_handler(context: Context, owed: Owed, player: Player, gatheri
     name = f"on_{owed.value}"
     try:
         await run_handler(context, calls[owed], gathering, player.id, name)
-    except Refusal as refusal:
+    except Refusal:
         if context.draining:
             raise
         gathering.drop()
-        log.error(
-            f"Unexpected error in {name}",
-            error_type=refusal.error_type.value,
-            player_id=player.id,
-            reason=refusal.message,
-        )
     except Exception as error:
-        gathering.drop()
-        handler_failed(context, player.id, name, error)
+        handler_failed(gathering, player.id, name, error)
 
 
 async def pay_leave(owed: LeaveOwed, context: Context) -> None:
@@ -185,19 +367,37 @@ async def pay_leave(owed: LeaveOwed, context: Context) -> None:
     presence = parse_presence(row.told, row.owed)
     channels = list(row.channels)
     while presence.owed and not context.draining:
-        gathering = new_gathering(context, row, channels, ended=True)
-        paid = presence.paid()
+        due, paid = presence.owed[0], presence.paid()
         mark = PresenceMark(row.player_id, row.session_id, owed.state.value, paid.told.value, paid.owed_text)
+
+        async def run(due: Owed = due) -> tuple[Gathering, None]:
+            gathering = new_gathering(context, row, channels, ended=True)
+            await presence_handler(context, due, gathering.player, gathering, owed.reason)
+            return gathering, None
+
+        def complete(gathering: Gathering, _: None, mark: PresenceMark = mark) -> Transaction:
+            return Transaction(effects=gathering.effects, presence=[mark])
+
         try:
-            await presence_handler(context, presence.owed[0], gathering.player, gathering, owed.reason)
-            submission = await context.dispatcher.submit(Transaction(effects=gathering.effects, presence=[mark]))
-            stored = isinstance(await submission.wait(), Committed)
+            _, _, outcome = await transact(context, run, complete)
         except Refusal:
-            stored = False
-        if stored:
+            outcome = None
+        if isinstance(outcome, Committed):
             presence = paid
         elif not context.draining:
             await trio.sleep(RETRY_SECONDS)
+
+
+def world_gathering(context: Context) -> Gathering:
+    """For a function that is about nobody: it is handed the `World`."""
+    return Gathering(
+        SessionView(context.hub, ("", [])),
+        None,
+        None,
+        now=context.clock.now(),
+        randomness=context.randomness,
+        max_message_size=context.settings.max_message_size,
+    )
 
 
 class GameRunner:
@@ -209,17 +409,132 @@ class GameRunner:
     async def __call__(self, function: Callable[[World], Awaitable[T]], /) -> T:
         """Run *function* and store what it did; raises the refusal if it could not be stored."""
         context = self._context
+        if trio.lowlevel.current_task() in context.handlers.values():
+            raise GameError(
+                "game.run() in a handler: what it does would happen even if the handler fails. The handler's own "
+                "player.world does it, in one with the rest; game.run() is for tasks of the game's own."
+            )
         if context.draining:
             raise draining()
-        gathering = Gathering(
-            SessionView(context.hub, ("", [])),
-            None,
-            None,
-            now=context.clock.now(),
-            randomness=context.randomness,
-            max_message_size=context.settings.max_message_size,
-        )
-        result: T = await run_handler(context, lambda: function(gathering.world), gathering, "", "game.run")
-        if gathering.effects:
-            await context.dispatcher.commit(Transaction(effects=gathering.effects))
+
+        async def run() -> tuple[Gathering, T]:
+            gathering = world_gathering(context)
+            result: T = await run_handler(context, lambda: function(gathering.world), gathering, "", "game.run")
+            return gathering, result
+
+        def complete(gathering: Gathering, _: T) -> Transaction | None:
+            return Transaction(effects=gathering.effects) if gathering.has_effects else None
+
+        _, result, outcome = await transact(context, run, complete)
+        if isinstance(outcome, Refused):
+            raise refusal_of(outcome)
         return result
+
+
+async def fire(
+    context: Context, timer: SetTimer, gather: Callable[[], Gathering], call: Callable[[Gathering], Awaitable[None]]
+) -> tuple[Gathering, bool]:
+    """Run a timer's handler in the transaction that removes the timer; False if that could not be stored.
+
+    A handler that fails has done nothing, and its timer has fired all the same: it would only fail again.
+    """
+
+    async def run() -> tuple[Gathering, None]:
+        gathering = gather()
+        try:
+            await run_handler(context, lambda: call(gathering), gathering, timer.owner, "on_timer")
+        except Refusal:
+            if context.draining:
+                raise
+            gathering.drop()
+        except Exception as error:
+            handler_failed(gathering, timer.owner.removeprefix("player/"), "on_timer", error)
+        return gathering, None
+
+    def complete(gathering: Gathering, _: None) -> Transaction:
+        return Transaction(effects=gathering.effects, fired=timer)
+
+    gathering, _, outcome = await transact(context, run, complete)
+    gone = isinstance(outcome, Refused) and outcome.reason == Reason.GONE
+    return gathering, gone or isinstance(outcome, Committed)
+
+
+class WorldTimers:
+    """The world's timers: run one at a time, in a nursery of the server's."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._ring, self._due = trio.open_memory_channel[SetTimer](MAX_DUE)
+
+    async def run(self) -> None:
+        """Runs until it is cancelled."""
+        context = self._context
+        async with trio.open_nursery() as nursery:
+            clock = TimerClock(context.hub, WORLD, self._ring.send_nowait, nursery.start_soon)
+            clock.open()
+            async for timer in self._due:
+                if context.draining:
+                    continue  # it rests until the next start
+                value = decode_json(timer.value)
+                try:
+                    _, done = await fire(
+                        context,
+                        timer,
+                        lambda: world_gathering(context),
+                        lambda g, t=timer, v=value: context.game.on_world_timer(g.world, t.name, v),  # type: ignore[misc]
+                    )
+                except Refusal:
+                    done = False
+                if not done:
+                    clock.again(timer, RETRY_SECONDS)
+
+
+class Background:
+    """`Game.background`: the game's own task, run from the server's start to its drain.
+
+    What escapes from it is logged, and it begins again after a pause: it ends no process, and touches no player.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._scope = trio.CancelScope()
+        self._task: trio.lowlevel.Task | None = None
+
+    async def run(self) -> None:
+        """Runs until it returns by itself, or is stopped."""
+        self._task = trio.lowlevel.current_task()
+        pause = FIRST_PAUSE
+        with self._scope:
+            while not self._context.draining:
+                began = trio.current_time()
+                if await self._attempt():
+                    return
+                if trio.current_time() - began > LONGEST_PAUSE:
+                    pause = FIRST_PAUSE
+                await trio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _attempt(self) -> bool:
+        """Whether it ended by itself, or since the server stops."""
+        try:
+            await contained(self._context.game.background, "background", "")
+        except Exception as error:
+            if self._context.draining:
+                return True  # what it still wanted to do was refused
+            log.error(
+                "Unexpected error in background: it begins again after a pause",
+                error_type=ErrorType.SYSTEM.value,
+                handler="background",
+                exc_info=error,
+            )
+            return False
+        return True
+
+    def stop(self) -> None:
+        """The drain begins: nothing new. A `Game.run` that is under way may end, as handlers may."""
+        if self._task not in self._context.handlers.values():
+            self._scope.cancel()
+
+    def cancel(self) -> None:
+        """No longer."""
+        self._scope.cancel()

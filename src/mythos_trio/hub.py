@@ -11,15 +11,27 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from mythos_trio.core import names
+from mythos_trio.core.data import Data
 from mythos_trio.core.session import State
-from mythos_trio.core.transaction import Append, Committed, Subscribe, Transaction, Unsubscribe
+from mythos_trio.core.transaction import (
+    Append,
+    Committed,
+    SetTimer,
+    Subscribe,
+    TimerChange,
+    Transaction,
+    Unsubscribe,
+)
 from mythos_trio.core.wire import Message
 from mythos_trio.storage import ConnectionRow, Notes, Storage
 
 if TYPE_CHECKING:
     from mythos_trio.connection import Connection
     from mythos_trio.core.position import Epochs
+    from mythos_trio.dispatcher import Submission
     from mythos_trio.session import LiveSession
+    from mythos_trio.storage import Recovered
+    from mythos_trio.timers import TimerClock
 
 
 class Hub:
@@ -37,16 +49,23 @@ class Hub:
         self.epoch = 0
         # Connections that a round has to write to, in the order in which they fell behind.
         self.dirty: dict[Connection, None] = {}
+        self.data: Data[Submission] = Data()
+        self.timers: dict[str, dict[str, SetTimer]] = {}
+        # Who lets an owner's timers run: live sessions, and the world's.
+        self.clocks: dict[str, TimerClock] = {}
         self._marks: dict[str, dict[str, int]] = {}
         self._opened: dict[str, ConnectionRow] = {}
         self._closed: list[str] = []
         self._last_online: dict[tuple[str, str], float] = {}
 
-    def start(self, epochs: Epochs, newest: int) -> None:
+    def start(self, recovered: Recovered) -> None:
         """Take over what the store was recovered to."""
-        self.epochs = epochs
-        self.epoch = epochs.present
-        self.newest = newest
+        self.epochs = recovered.epochs
+        self.epoch = recovered.epochs.present
+        self.newest = recovered.newest
+        self.data.load(recovered.values)
+        for timer in recovered.timers:
+            self.timers.setdefault(timer.owner, {})[timer.name] = timer
 
     # Sessions.
 
@@ -94,7 +113,32 @@ class Hub:
                         self._leave(session, effect.channel)
             connections.append(count)
         self.newest = max(self.newest, outcome.last)
+        self.data.stored(transaction.writes)
+        if transaction.fired is not None:
+            self._drop_timer(transaction.fired)
+        for change in transaction.timers:
+            self._change_timer(change)
         return messages, connections
+
+    # Timers: those of all players and of the world, as stored.
+
+    def _drop_timer(self, timer: SetTimer) -> None:
+        mine = self.timers.get(timer.owner, {})
+        known = mine.get(timer.name)
+        if known is not None and known.id == timer.id:
+            del mine[timer.name]
+            if not mine:
+                del self.timers[timer.owner]
+
+    def _change_timer(self, change: TimerChange) -> None:
+        mine = self.timers.get(change.owner, {})
+        if isinstance(change, SetTimer):
+            self.timers.setdefault(change.owner, {})[change.name] = change
+        elif mine.pop(change.name, None) is not None and not mine:
+            del self.timers[change.owner]
+        clock = self.clocks.get(change.owner)
+        if clock is not None:
+            clock.changed(change.name)
 
     def _receivers(self, target: str) -> Iterable[LiveSession]:
         if target == names.EVERYONE:

@@ -492,6 +492,7 @@ class Monitor:
             connection_establishment=self.statistics.establishment(),
             message_delivery=self.statistics.delivery(),
             commands=self.statistics.commands(),
+            transactions=self.statistics.transactions(),
             system_performance={
                 "cpu_percent": self.machine.cpu_percent(),
                 "memory_rss_bytes": self.machine.memory().rss_bytes,

@@ -14,6 +14,8 @@ import contextlib
 import os
 import resource
 import signal
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -29,7 +31,7 @@ from mythos_trio.core.errors import DRAIN, ErrorType
 from mythos_trio.dispatcher import Dispatcher, Failure
 from mythos_trio.front import Front
 from mythos_trio.game import Game, load_game
-from mythos_trio.handlers import Context, GameRunner
+from mythos_trio.handlers import Background, Context, GameRunner, WorldTimers
 from mythos_trio.hub import Hub
 from mythos_trio.monitor import Monitor, Stage
 from mythos_trio.net import Listener, open_listeners
@@ -57,6 +59,8 @@ MAX_FAILURES: Final = 1024
 LAST_SECONDS: Final = 2.0
 # After the commit an answer takes no time, but a request whose body never comes would hold up the drain.
 ANSWER_SECONDS: Final = 1.0
+# What a task of the game's that cannot be cancelled has left after the drain, before the process ends without it.
+LINGER_SECONDS: Final = 2.0
 # Clients are told to come back at this rate, so that a full server does not get them all at once.
 RETURNS_A_SECOND: Final = 1000
 FIRST_RETURN_MS: Final = 500
@@ -135,10 +139,12 @@ class Server:
         self.checker = Checker(self.context, self.registrar, self._failures)
         self.monitor: Monitor | None = None
         self.front: Front | None = None
+        self._background = Background(self.context)
         self._recovered: Recovered | None = None
         self._stop = trio.Event()
         self._hurry = trio.CancelScope()
-        self._stopping = False
+        self.on_drained: Callable[[], None] = lambda: None
+        """Called when the drain is over; then all tasks are cancelled."""
         self.exit_code = EXIT_FAILED
 
     def stop(self) -> None:
@@ -151,7 +157,7 @@ class Server:
         """Open the store and take over what it holds. Raises `StoreUnusable`."""
         self._recovered = recovered = await self.storage.open()
         database_log.info("Database connection successful", driver="sqlite3", recovered=len(recovered.sessions))
-        self.hub.start(recovered.epochs, recovered.newest)
+        self.hub.start(recovered)
         return recovered
 
     async def serve(
@@ -177,17 +183,20 @@ class Server:
             await nursery.start(self.registrar.run, name="registrar")
             await nursery.start(self.streams.run, name="streams")
             nursery.start_soon(monitor.watch, name="monitor")
+            nursery.start_soon(WorldTimers(self.context).run, name="the world's timers")
             for loop in self.checker.loops():
                 nursery.start_soon(loop, name=f"health checker: {loop.__name__}")
             await nursery.start(bridge.run, name="bridge")
             self.registrar.recover(recovered.sessions)
             for listener in listeners:
                 nursery.start_soon(self.front.serve, listener, name="front door")
+            nursery.start_soon(self._background.run, name="background of the game")
             monitor.stage = Stage.READY
             log.info("Server ready", pid=os.getpid(), version=__version__, epoch=self.hub.epoch)
             task_status.started()
             await self._stop.wait()
             await self._drain(monitor)
+            self.on_drained()
             nursery.cancel_scope.cancel()
         return self.exit_code
 
@@ -223,11 +232,13 @@ class Server:
         if self.front is not None:
             self.front.draining = True
         log.info("Draining", connections=len(self.hub.connections), sessions=len(self.hub.sessions))
+        self._background.stop()
         for session in list(self.hub.sessions.values()):
             session.drain()
         with self._hurry:
             with trio.move_on_at(began + max(total - LAST_SECONDS, total / 2)):
                 await self._finish_handlers(began + total / 2)
+                self._background.cancel()
                 await self._finish_requests()
         self._say_goodbye()
         with trio.move_on_at(began + total) as deadline:
@@ -351,14 +362,30 @@ async def _main(
         randomness=SystemRandomness(),
         statistics=statistics,
     )
+    lingering = threading.Timer(LINGER_SECONDS, lambda: _end_without_the_game(server.exit_code))
+    lingering.daemon = True
+    server.on_drained = lingering.start
     # Outside of a nursery: a failed start is one error, not a group.
     await server.open()
     async with trio.open_nursery() as nursery:
         await nursery.start(_hear_signals, server, hang_up)
         nursery.start_soon(_announce_when_ready, server, listeners, announce)
         code = await server.serve(listeners)
+        lingering.cancel()
         nursery.cancel_scope.cancel()
     return code
+
+
+def _end_without_the_game(code: int) -> None:
+    """In a thread. The store is closed; only a task of the game's keeps the process, and a thread cannot end that."""
+    log.critical(
+        "The game does not let the server end: one of its tasks cannot be cancelled. The process ends without it",
+        error_type=ErrorType.SYSTEM.value,
+        fix="no `except` around a wait that takes trio.Cancelled and goes on; no shielded scope without a deadline",
+        exit_code=code,
+    )
+    time.sleep(0.3)  # the log's own thread writes it
+    os._exit(code)
 
 
 async def _announce_when_ready(

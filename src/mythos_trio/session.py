@@ -12,6 +12,7 @@ is no longer the session's: it is committed and delivered even if the session is
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Awaitable, Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,9 +23,11 @@ from attrs import evolve
 from mythos_trio import logs
 from mythos_trio.core import wire
 from mythos_trio.core.commands import Commands, Entry, Remembered
+from mythos_trio.core.data import player_key
 from mythos_trio.core.deliveries import Deliveries
 from mythos_trio.core.errors import BUSY, FAULT, TOLD_BY_GAME, Close, ErrorType, Refusal
 from mythos_trio.core.log import Log
+from mythos_trio.core.messages import decode_json
 from mythos_trio.core.requests import Command as ClientCommand
 from mythos_trio.core.requests import command_digest
 from mythos_trio.core.session import Happening, Presence, State, after, parse_presence
@@ -33,6 +36,8 @@ from mythos_trio.core.transaction import (
     Committed,
     PresenceMark,
     Reason,
+    Refused,
+    SetTimer,
     Subscribe,
     Transaction,
     Unsubscribe,
@@ -43,12 +48,15 @@ from mythos_trio.handlers import (
     RETRY_SECONDS,
     Context,
     draining,
+    fire,
     handler_failed,
     new_gathering,
     presence_handler,
     run_handler,
+    transact,
 )
 from mythos_trio.storage import SessionRow, StoreError
+from mythos_trio.timers import TimerClock
 
 if TYPE_CHECKING:
     from mythos_trio.connection import Connection
@@ -121,7 +129,11 @@ class LiveSession:
         self._arrived = trio.Event()
         self._paid = trio.Event()
         self._paying: Submission | None = None
+        self._note_after_paying = False
         self._noted_state = State(row.state)
+        # Timers that are due: at most one a name.
+        self._due: deque[SetTimer] = deque()
+        self._clock: TimerClock | None = None
 
     @property
     def online(self) -> bool:
@@ -143,6 +155,8 @@ class LiveSession:
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     self.nursery = nursery
+                    self._clock = TimerClock(self._hub, player_key(self.player_id), self._ring, nursery.start_soon)
+                    self._clock.open()
                     self.ready.set()
                     self._start_working()
                     await self._live()
@@ -162,6 +176,8 @@ class LiveSession:
         finally:
             self.over = True
             self.nursery = None
+            if self._clock is not None:
+                self._clock.close()
             close = FAULT if self.why is Why.CRASHED else BUSY
             for connection in list(self.connections.values()):
                 connection.end(close)
@@ -377,6 +393,11 @@ class LiveSession:
 
     def _note_presence(self) -> None:
         """What is owed is written by the change that owes it; nobody waits for that."""
+        if self._paying is not None:
+            # Behind the commit that pays, this would say that it is still owed; and ahead of its outcome,
+            # that it is paid, is not known. After a crash until then the session is link-dead anyway.
+            self._note_after_paying = True
+            return
         # If too much is unsaved, the handler's own commit says the same, later.
         with contextlib.suppress(Refusal):
             self._context.dispatcher.submit_nowait(Transaction(presence=[self.mark()]))
@@ -402,7 +423,7 @@ class LiveSession:
     def _start_working(self) -> None:
         if self._working or self.nursery is None:
             return
-        if self.presence.owed or self._commands.waiting:
+        if self.presence.owed or self._due or self._commands.waiting:
             self._working = True
             self.nursery.start_soon(self._work, name=f"handlers of {self.player_id}")
 
@@ -419,6 +440,8 @@ class LiveSession:
                 elif self.presence.owed:
                     if not await self._pay_presence() and not self._context.draining:
                         await trio.sleep(RETRY_SECONDS)
+                elif self._due:
+                    await self._fire(self._due.popleft())
                 elif (entry := self._commands.next()) is not None:
                     await self._run_command(entry)
                 else:
@@ -431,16 +454,25 @@ class LiveSession:
         """Run the handler that is owed first; False if its commit failed (it is still owed)."""
         self.presence = self.presence.started()
         owed = self.presence.owed[0]
-        gathering = self._gathering()
-        try:
+
+        async def run() -> tuple[Gathering, None]:
+            gathering = self._gathering()
             await presence_handler(self._context, owed, gathering.player, gathering, self._leave_reason)
+            return gathering, None
+
+        def complete(gathering: Gathering, _: None) -> Transaction:
             # Made when the handler has ended: more may be owed by now.
             paid = self.presence.paid()
             mark = evolve(self.mark(), told=paid.told.value, owed=paid.owed_text)
-            transaction = Transaction(effects=gathering.effects, presence=[mark])
-            self._paying = await self._context.dispatcher.submit(transaction)
+            return Transaction(effects=gathering.effects, presence=[mark])
+
+        def joined(submission: Submission) -> None:
+            self._paying = submission
+
+        try:
+            gathering, _, _ = await transact(self._context, run, complete, joined)
         except Refusal:
-            self.presence = self.presence.not_paid()
+            self._paid_or_not(self.presence.not_paid())
             return False
         if not await self.settle():
             return False
@@ -457,39 +489,73 @@ class LiveSession:
         if self._paying is None:
             return True
         stored = isinstance(await self._paying.wait(), Committed)
-        self._paying = None
-        self.presence = self.presence.paid() if stored else self.presence.not_paid()
+        self._paid_or_not(self.presence.paid() if stored else self.presence.not_paid())
         return stored
+
+    def _paid_or_not(self, presence: Presence) -> None:
+        self._paying = None
+        self.presence = presence
+        if self._note_after_paying:
+            self._note_after_paying = False
+            self._note_presence()
+
+    # Timers: they run while the session lives, and rest while the player is offline.
+
+    def _ring(self, timer: SetTimer) -> None:
+        self._due.append(timer)
+        self._start_working()
+
+    async def _fire(self, timer: SetTimer) -> None:
+        value = decode_json(timer.value)
+        try:
+            gathering, done = await fire(
+                self._context,
+                timer,
+                self._gathering,
+                lambda gathering: self._context.game.on_timer(gathering.player, timer.name, value),
+            )
+        except Refusal:
+            done = False
+        if done:
+            self._carry_out(gathering)
+        elif self._clock is not None:
+            self._clock.again(timer, RETRY_SECONDS)
 
     async def _run_command(self, entry: Entry[Asker]) -> None:
         started = trio.current_time()
-        gathering = self._gathering()
-        body, ok = await self._answer_of(entry, gathering)
-        answer = None
-        if gathering.effects and entry.given:
-            answer = Answer(self.player_id, self.session_id, entry.id, entry.digest, body)
-        position: int | None = None
-        remembered: Remembered | None = None
-        if gathering.effects:
-            body, position, remembered = await self._commit_command(gathering, answer, entry, body)
-        else:
-            remembered = Remembered(entry.digest, body, trio.current_time(), 0)
-        for asker in self._commands.finish(entry, remembered):
-            asker.answer(entry.id, body, position)
+
+        async def run() -> tuple[Gathering, tuple[bytes, bool]]:
+            gathering = self._gathering()
+            return gathering, await self._answer_of(entry, gathering)
+
+        def complete(gathering: Gathering, answer: tuple[bytes, bool]) -> Transaction | None:
+            if not gathering.has_effects:
+                return None
+            kept = Answer(self.player_id, self.session_id, entry.id, entry.digest, answer[0])
+            return Transaction(effects=gathering.effects, answer=kept if entry.given else None)
+
+        try:
+            gathering, (body, ok), outcome = await transact(self._context, run, complete)
+        except Refusal as refusal:
+            self._answer(entry, wire.error_body(refusal.error_type, refusal.message), None, None)
+            return
+        body, position, remembered = self._answer_for(entry, body, outcome)
+        self._answer(entry, body, position, remembered)
         self._context.statistics.command((trio.current_time() - started) * 1000, ok)
         if remembered is not None:
             self._carry_out(gathering)
 
-    async def _commit_command(
-        self, gathering: Gathering, answer: Answer | None, entry: Entry[Asker], body: bytes
+    def _answer(self, entry: Entry[Asker], body: bytes, position: int | None, remembered: Remembered | None) -> None:
+        for asker in self._commands.finish(entry, remembered):
+            asker.answer(entry.id, body, position)
+
+    def _answer_for(
+        self, entry: Entry[Asker], body: bytes, outcome: Committed | Refused | None
     ) -> tuple[bytes, int | None, Remembered | None]:
-        """Commit what the handler did with its answer: (reply, its place, what to remember)."""
-        try:
-            submission = await self._context.dispatcher.submit(Transaction(effects=gathering.effects, answer=answer))
-            outcome = await submission.wait()
-        except Refusal as refusal:
-            return wire.error_body(refusal.error_type, refusal.message), None, None
+        """What became of a command: (reply, its place, what to remember)."""
         now = trio.current_time()
+        if outcome is None:
+            return body, None, Remembered(entry.digest, body, now, 0)
         if isinstance(outcome, Committed):
             return body, outcome.last, Remembered(entry.digest, body, now, outcome.last)
         if outcome.reason == Reason.ANSWERED and outcome.answer is not None:
@@ -512,8 +578,7 @@ class LiveSession:
             gathering.drop()
             return wire.error_body(refusal.error_type, refusal.message, refusal.details), False
         except Exception as error:
-            gathering.drop()
-            return handler_failed(self._context, self.player_id, "on_" + entry.kind, error), False
+            return handler_failed(gathering, self.player_id, "on_" + entry.kind, error), False
 
     async def _on_subscribe(self, gathering: Gathering, kind: str, channel: str) -> Any:
         """A client's ``subscribe``: the game says whether; then it is done."""

@@ -180,6 +180,8 @@ class Statistics:
         self._sessions = Counter({"created": 0, "replaced": 0, "recovered": 0, "ended": 0})
         self._commands = Samples()
         self._commands_failed = 0
+        self._runs = 0
+        self._repeated = 0
         self._lag = Samples()
         self._hour = _Trend.of(MINUTE, 60)
         self._day = _Trend.of(HOUR, 24)
@@ -229,6 +231,14 @@ class Statistics:
         self._commands.add(ms)
         self._commands_failed += not ok
         self._rates.commands.add(self._now(), 1)
+
+    def ran(self) -> None:
+        """A handler, of whatever kind, has been begun."""
+        self._runs += 1
+
+    def to_be_repeated(self) -> None:
+        """It has read what another one has changed meanwhile, and has to be run again."""
+        self._repeated += 1
 
     def health(self, healthy: int, unhealthy: int) -> None:
         """How many connections are well just now; told at even intervals."""
@@ -280,6 +290,9 @@ class Statistics:
 
     def commands(self) -> dict[str, float]:
         return {"count": self._commands.count, "failed": self._commands_failed, **self._commands.read()}
+
+    def transactions(self) -> dict[str, int]:
+        return {"runs": self._runs, "repeated": self._repeated}
 
     def lag(self) -> dict[str, float]:
         return self._lag.read()

@@ -17,10 +17,11 @@ from functools import partial
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 import trio
-from attrs import frozen
+from attrs import field, frozen
 
+from mythos_trio.core.data import Value
 from mythos_trio.core.position import Epochs
-from mythos_trio.core.transaction import Answer, Append, Committed, Outcome, Reason, Refused, Transaction
+from mythos_trio.core.transaction import Answer, Append, Committed, Outcome, Reason, Refused, SetTimer, Transaction
 from mythos_trio.seams import Clock
 
 P = ParamSpec("P")
@@ -98,6 +99,9 @@ class Recovered:
     sessions: Sequence[SessionRow]
     clean: bool
     """Whether the store was closed in order."""
+    values: Mapping[str, Value] = field(factory=dict)
+    """The game's data, all of it."""
+    timers: Sequence[SetTimer] = ()
 
 
 @frozen

@@ -7,7 +7,7 @@ from typing import Any
 
 import trio
 
-from mythos_trio.game import Command, CommandError, Game, Player
+from mythos_trio.game import Command, CommandError, Game, Player, World
 
 
 def _note(text: str) -> None:
@@ -68,3 +68,54 @@ class Puppet(Game):
     async def do_switch(self, player: Player, text: str) -> None:
         player.send("line", "switching")
         player.new_session()
+
+
+START_POINTS = 1_000_000
+DUELLISTS = ("alice", "bob")
+
+
+class Duel(Game):
+    """Two who fight: blows fall by the world's timer, each breathes by a timer of the player's, and both may
+    ``hit`` in between. All of it is numbered, in the data and in what the players are told."""
+
+    async def on_command(self, player: Player, command: Command) -> Any:
+        data = player.world.data
+        match command.text:
+            case "fight" if "blows" not in data:
+                data["blows"] = 0
+                player.world.after(0.05, "blow")
+            case "breathe" if "breaths" not in player.data:
+                player.data["breaths"] = 0
+                player.after(0.07, "breath")
+            case "hit":
+                (victim,) = set(DUELLISTS) - {player.id}
+                number = data.get("hits", 0)
+                await trio.sleep(0.002)
+                data["hits"] = number + 1
+                await self._strike(player.world, "hit", number, victim, command.id)
+                return number
+            case "stop":
+                player.cancel("breath")
+                player.world.cancel("blow")
+        return None
+
+    async def on_world_timer(self, world: World, name: str, value: Any) -> None:
+        number = world.data["blows"]
+        world.data["blows"] = number + 1
+        await self._strike(world, "blow", number, DUELLISTS[number % 2], "")
+        world.after(0.05 + number % 4 * 0.05, "blow")
+
+    async def _strike(self, world: World, kind: str, number: int, victim: str, id: str) -> None:
+        damage = 1 + number % 7
+        left = world.data_of(victim).get("points", START_POINTS)
+        await trio.sleep(0.002)
+        world.data_of(victim)["points"] = left - damage
+        for player in DUELLISTS:
+            told = {"number": number, "victim": victim, "damage": damage, "left": left - damage, "id": id}
+            world.send(player, kind, told)
+
+    async def on_timer(self, player: Player, name: str, value: Any) -> None:
+        breaths = player.data["breaths"]
+        player.data["breaths"] = breaths + 1
+        player.send("breath", {"number": breaths})
+        player.after(0.07, "breath")

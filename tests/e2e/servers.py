@@ -20,6 +20,7 @@ from mythos_trio.config import SPECS
 
 ROOT = Path(__file__).resolve().parents[2]
 PUPPET = "tests.e2e.games:Puppet"
+DUEL = "tests.e2e.games:Duel"
 START_SECONDS = 15.0
 WAIT_SECONDS = 10.0
 
@@ -50,9 +51,10 @@ def free_port() -> int:
 
 
 def environment(settings: dict[str, str]) -> dict[str, str]:
-    """The environment of a server: *settings* and nothing that the developer's own shell has set."""
+    """The environment of a server: *settings* and nothing that the developer's own shell has set; the code is
+    the one beside these tests."""
     inherited = {name: value for name, value in os.environ.items() if name not in SPECS and "proxy" not in name.lower()}
-    return {**inherited, "PYTHONPATH": str(ROOT), "NO_PROXY": "*", **settings}
+    return {**inherited, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "NO_PROXY": "*", **settings}
 
 
 class Server:
@@ -64,6 +66,8 @@ class Server:
     def __init__(self, directory: Path, *, game: str | None = None, **settings: str) -> None:
         self.directory = directory
         self.game = game
+        self.options: tuple[str, ...] = ()
+        """Further words of the command line."""
         self.port = free_port()
         self.settings = settings
         self.process: subprocess.Popen[bytes] | None = None
@@ -91,7 +95,7 @@ class Server:
     def launch(self) -> None:
         """Start the process and do not wait for it."""
         assert self.process is None, "it runs already"
-        command = [sys.executable, "-m", "mythos_trio", "serve", *([self.game] if self.game else [])]
+        command = [sys.executable, "-m", "mythos_trio", "serve", *([self.game] if self.game else []), *self.options]
         with (self.directory / "stdout.txt").open("ab") as out, (self.directory / "stderr.txt").open("ab") as err:
             self.process = subprocess.Popen(
                 command, cwd=self.directory, env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err

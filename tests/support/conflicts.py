@@ -238,8 +238,9 @@ class Life:
     stopped_at: float = float("inf")
     """When it was told to drain."""
 
-    def check_answered(self, began: float, **who: object) -> None:
+    async def check_answered(self, began: float, **who: object) -> None:
         """Somebody who asked at *began* got no answer."""
+        await trio.sleep(0.1)  # if the server has failed, that is what is to be told
         rightly = self.crashed or began >= self.stopped_at
         require(rightly, "who has asked before a drain is answered", began=began, **who)
 
@@ -412,7 +413,7 @@ class Simulation:
             client.close()
         top, _, rest = answer.partition(b"\r\n\r\n")
         if not top:
-            life.check_answered(began, request=f"{method} {path}", body=body)
+            await life.check_answered(began, request=f"{method} {path}", body=body)
             return None
         return int(top.split()[1]), json.loads(rest) if rest else None
 
@@ -748,7 +749,7 @@ class Connect:
                     await client.open(f"/sse/{self.player}?{query}", headers=header)
         except GONE:
             client.close()
-            life.check_answered(began, connection=label)
+            await life.check_answered(began, connection=label)
             return None
         page.connections[self.transport] = connection
         return connection
@@ -765,7 +766,7 @@ class Connect:
                 while connection.open and connection.reachable and not received.items:
                     await trio.sleep(0.01)
             if not received.items and connection.reachable and not connection.scope.cancel_called:
-                life.check_answered(began, connection=str(connection))
+                await life.check_answered(began, connection=str(connection))
             code = int(received.items[0].get("code", 0)) if received.items else 1
         else:
             client.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,21 +13,14 @@ import wsproto
 from wsproto.connection import ConnectionState
 from wsproto.events import AcceptConnection, CloseConnection, Ping, RejectConnection, RejectData, Request, TextMessage
 
-from mythos_trio.config import Settings
 from mythos_trio.game import Game
-from mythos_trio.seams import SeededRandomness
 from mythos_trio.server import Server
-from mythos_trio.sqlite import SqliteDatabase
 from mythos_trio.storage import InlineRunner
+from mythos_trio.testing.network import MemoryListener, MemoryWire
+from mythos_trio.testing.process import Process, VirtualClock
 from mythos_trio.world import DefaultGame
-from tests.support.memory_net import MemoryListener, MemoryWire
 
-
-class VirtualClock:
-    """The wall clock of a run on virtual time."""
-
-    def now(self) -> float:
-        return 1_700_000_000.0 + trio.current_time() % 1e6
+__all__ = ["Client", "SSEClient", "VirtualClock", "WebSocketClient", "World", "count_tasks", "play"]
 
 
 class Client:
@@ -239,10 +231,10 @@ class SSEClient(Client):
 class World:
     """A running server and the way to it."""
 
-    def __init__(self, server: Server, listener: MemoryListener) -> None:
+    def __init__(self, server: Server, listener: MemoryListener, ended: trio.Event) -> None:
         self.server = server
         self.listener = listener
-        self.ended = trio.Event()
+        self.ended = ended
 
     def wire(self) -> MemoryWire:
         return self.listener.connect()
@@ -275,10 +267,6 @@ class World:
         return answer
 
 
-# How often each store has been opened: a server that starts again must not make the same ids again.
-_lives: Counter[Path] = Counter()
-
-
 @asynccontextmanager
 async def play(
     path: Path,
@@ -294,38 +282,19 @@ async def play(
     After the scene nothing may be left of connections that are over, and after the server's end
     nothing at all.
     """
-    database = SqliteDatabase(path)
-    server = Server(
-        Settings(port=0, server_id="test", **settings),
-        game=game or DefaultGame(),
-        database=database,
-        runner=InlineRunner(hook),
-        clock=VirtualClock(),
-        randomness=SeededRandomness(1000 * seed + _lives[path]),
-    )
-    _lives[path] += 1
-    listener = MemoryListener()
-    world = World(server, listener)
+    runner = hook if isinstance(hook, InlineRunner) else InlineRunner(hook)
+    process = Process(path, game or DefaultGame(), seed=seed, runner=runner, **settings)
+    server, listener = process.server, process.listener
+    world = World(server, listener, process.ended)
     tasks_before = count_tasks()
-    try:
-        async with trio.open_nursery() as nursery:
-
-            async def serve(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-                await server.serve([listener], task_status=task_status)
-                world.ended.set()
-
-            await nursery.start(serve)
-            yield world
-            if crash:
-                # The kernel closes what a killed process had open; nobody says a last word.
-                for wire in listener.open_wires:
-                    wire.close()
-                nursery.cancel_scope.cancel()
-            elif not server._stop.is_set():
-                await nothing_over_is_left(server, listener)
-                server.stop()
-    finally:
-        database.abandon()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(process.run)
+        yield world
+        if crash:
+            await process.kill()
+        elif not server._stop.is_set():
+            await nothing_over_is_left(server, listener)
+            server.stop()
     assert listener.open_wires == []
     assert server.hub.connections == {}
     assert server.hub.stuck == []

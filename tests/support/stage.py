@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from mythos_trio.core import names
-from mythos_trio.core.transaction import Append, Subscribe, Unsubscribe
-from mythos_trio.game import Command, CommandError, Game, Gathering, Health, Player, Presence, World
+from mythos_trio.core.data import ABSENT, Value, player_key
+from mythos_trio.core.transaction import Append, CancelTimer, SetTimer, Subscribe, Unsubscribe
+from mythos_trio.game import WORLD, Command, CommandError, Game, Gathering, Health, Player, Presence, World
 from mythos_trio.seams import SeededRandomness
 
 NOW = 1_767_225_600.0  # 2026-01-01T00:00:00Z
@@ -17,7 +18,8 @@ NOW = 1_767_225_600.0  # 2026-01-01T00:00:00Z
 class Stage:
     """A `mythos_trio.game.View` that changes as transactions are committed.
 
-    *scrolls* has what each player was sent, decoded, in order.
+    *scrolls* has what each player was sent, decoded, in order; *values* the data, by key; *timers* those that are
+    set, by owner and name, each with the *now* at which it is due. A player's rest while the player is offline.
     """
 
     def __init__(self, game: Game | None = None) -> None:
@@ -25,6 +27,9 @@ class Stage:
         self.presences: dict[str, Presence] = {}
         self.subscriptions: dict[str, list[str]] = {}
         self.scrolls: dict[str, list[dict[str, Any]]] = {}
+        self.values: dict[str, Value] = {}
+        self.timers: dict[tuple[str, str], tuple[float, SetTimer]] = {}
+        self.now = 0.0
         self.randomness = SeededRandomness(1)
         self.game.bind(self.run)
 
@@ -45,10 +50,20 @@ class Stage:
     def health(self, player_id: str) -> Health:
         return "healthy" if self.presence(player_id) == "online" else "unhealthy"
 
+    def value(self, key: str) -> Value:
+        return self.values.get(key, ABSENT)
+
+    def data(self, key: str) -> Any:
+        """The value under *key*, decoded; None if there is none."""
+        body = self.value(key).body
+        return None if body is None else json.loads(body)
+
     # What happens.
 
     async def join(self, *players: str) -> None:
         for name in players:
+            if self.presence(name) == "offline":
+                self.wind(player_key(name))
             self.presences[name] = "online"
             await self.handle(name, self.game.on_join)
 
@@ -80,6 +95,45 @@ class Stage:
 
     async def subscribe(self, name: str, channel: str) -> Any:
         return await self.handle(name, self.game.on_subscribe, channel)
+
+    async def new_session(self, name: str) -> None:
+        """Another session begins in place of the present one: without its subscriptions."""
+        before = list(self.channels(name))
+        await self.leave(name, "replaced")
+        for channel in before:
+            if channel in self.channels(name):
+                self.subscriptions[name].remove(channel)
+        await self.join(name)
+
+    async def later(self, seconds: float) -> None:
+        """Time passes, and what is due happens, one after another."""
+        end = self.now + seconds
+        while due := [timer for timer in self.timers.values() if timer[0] <= end and self.is_running(timer[1])]:
+            at, timer = min(due, key=lambda entry: entry[0])
+            self.now = max(self.now, at)
+            await self.fire(timer)
+        self.now = end
+
+    def is_running(self, timer: SetTimer) -> bool:
+        return timer.owner == WORLD or self.presence(timer.owner.removeprefix("player/")) != "offline"
+
+    async def fire(self, timer: SetTimer) -> None:
+        """The timer is gone when what its handler did is stored."""
+        name = None if timer.owner == WORLD else timer.owner.removeprefix("player/")
+        gathering = self.gathering(name)
+        value = json.loads(timer.value)
+        if name is None:
+            await self.game.on_world_timer(gathering.world, timer.name, value)
+        else:
+            await self.game.on_timer(gathering.player, timer.name, value)
+        del self.timers[timer.owner, timer.name]
+        self.commit(gathering)
+
+    def wind(self, owner: str | None = None) -> None:
+        """All timers, or those of *owner*, wait their full time again: so it is after ``kill -9``."""
+        for key, (_, timer) in self.timers.items():
+            if owner in (None, timer.owner):
+                self.timers[key] = (self.now + timer.seconds, timer)
 
     async def run(self, function: Callable[[World], Awaitable[Any]]) -> Any:
         gathering = self.gathering()
@@ -116,6 +170,14 @@ class Stage:
                         self.scrolls.setdefault(name, []).append(json.loads(effect.body))
                 case _:
                     raise AssertionError(effect)
+        for key, body in gathering.writes.items():
+            self.values[key] = Value(body, self.value(key).version + 1)
+        for change in gathering.timers:
+            if isinstance(change, SetTimer):
+                self.timers[change.owner, change.name] = (self.now + change.seconds, change)
+            else:
+                assert isinstance(change, CancelTimer)
+                self.timers.pop((change.owner, change.name), None)
 
     def receivers(self, target: str) -> list[str]:
         if target == names.EVERYONE:
@@ -125,7 +187,7 @@ class Stage:
         return [name for name, channels in self.subscriptions.items() if target[1:] in channels]
 
     def moment(self) -> str:
-        return repr((self.presences, self.subscriptions, self.scrolls))
+        return repr((self.presences, self.subscriptions, self.scrolls, self.values, self.timers))
 
     def heard(self, name: str) -> list[str]:
         """What *name* was sent since the last time, as lines "type: content"."""

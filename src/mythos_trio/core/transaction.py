@@ -14,6 +14,8 @@ from typing import Final, TypeAlias
 
 from attrs import define, field, frozen
 
+from mythos_trio.core.data import Write
+
 MAX_EFFECTS: Final = 1000
 MAX_EFFECT_BYTES: Final = 1 << 20
 
@@ -101,14 +103,48 @@ class Request:
     digest: bytes
 
 
+@frozen
+class SetTimer:
+    """A timer begins, in place of the one of the same owner and name.
+
+    *owner* is ``player/NAME`` or ``world``; *id* tells it from the one that it replaces.
+    """
+
+    owner: str
+    name: str
+    id: str
+    seconds: float
+    value: bytes
+
+
+@frozen
+class CancelTimer:
+    """A timer of that name, if there is one, is no more."""
+
+    owner: str
+    name: str
+
+
+TimerChange: TypeAlias = SetTimer | CancelTimer
+
+
 @define(eq=False)
 class Transaction:
-    """One change, all or nothing. Data and timers of the game will be two more fields here."""
+    """One change, all or nothing.
+
+    *reads*: the version of every key of the game's data that it rests on and does not write; *writes*
+    carry theirs. The store checks both in the commit. *fired* is the timer that is run: its row is removed
+    in the same commit, and if it is no longer there nothing is committed.
+    """
 
     effects: list[Effect] = field(factory=list)
     answer: Answer | None = None
     presence: list[PresenceMark] = field(factory=list)
     request: Request | None = None
+    reads: dict[str, int] = field(factory=dict)
+    writes: list[Write] = field(factory=list)
+    timers: list[TimerChange] = field(factory=list)
+    fired: SetTimer | None = None
     # Set by who asked when it has stopped waiting: the writer passes over it if it is still queued.
     abandoned: bool = False
 
@@ -124,6 +160,10 @@ class Reason:
     """The command has its answer already: see `Refused.answer`."""
     ENDED: Final = "ended"
     """The session to begin has existed and ended, or the session to change is not the current."""
+    STALE: Final = "stale"
+    """What it has read is not what is stored: run the handler again."""
+    GONE: Final = "gone"
+    """The timer that it has run is no longer there: it was run, replaced or cancelled."""
     FULL: Final = "full"
     """``MAX_STORE_BYTES`` or the disk: nothing left to remove."""
     FAILED: Final = "failed"

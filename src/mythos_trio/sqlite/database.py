@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
+from mythos_trio.core.data import Value
 from mythos_trio.core.position import Epoch, Epochs
-from mythos_trio.core.transaction import Outcome, Reason, Refused, Transaction
+from mythos_trio.core.transaction import Outcome, Reason, Refused, SetTimer, Transaction
 from mythos_trio.seams import rfc3339
 from mythos_trio.sqlite.failures import is_environment, store_error, store_errors
 from mythos_trio.sqlite.files import (
@@ -256,6 +257,7 @@ class SqliteDatabase(ReadingHalf):
             if unknown_end or not db.execute("SELECT 1 FROM epochs").fetchone():
                 self._insert_epoch(db, now)
             db.execute("DELETE FROM connections")
+            db.execute("DELETE FROM data WHERE value IS NULL")
             self._recount(db)
             self._write_counts(db)
             self._put(db, clean=0, reserved=reserved, boot_id=boot_id, durability=self.durability)
@@ -266,7 +268,16 @@ class SqliteDatabase(ReadingHalf):
         rows = db.execute(
             f"SELECT {SESSION_COLUMNS} FROM sessions WHERE state IN ('online', 'linkdead') OR owed <> '' ORDER BY start"
         ).fetchall()
-        return Recovered(epochs, newest, [session_row(db, row) for row in rows], clean)
+        sessions = [session_row(db, row) for row in rows]
+        values = {
+            key: Value(body.encode(), version)
+            for key, body, version in db.execute("SELECT key, value, version FROM data")
+        }
+        timers = [
+            SetTimer(owner, name, id_, seconds, value.encode())
+            for owner, name, id_, seconds, value in db.execute("SELECT owner, name, id, seconds, value FROM timers")
+        ]
+        return Recovered(epochs, newest, sessions, clean, values, timers)
 
     def _insert_epoch(self, db: sqlite3.Connection, now: float) -> Epoch:
         number = db.execute("SELECT coalesce(max(number), 0) + 1 FROM epochs").fetchone()[0]

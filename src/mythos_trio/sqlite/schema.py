@@ -98,5 +98,17 @@ VERSION_1: Final = (
     "CREATE INDEX targets_bytes ON targets (bytes)",
 )
 
+VERSION_2: Final = (
+    # The game's data. A value that is NULL was deleted; it goes at the next start.
+    "CREATE TABLE data (key TEXT PRIMARY KEY, value TEXT, version INTEGER NOT NULL) WITHOUT ROWID",
+    """CREATE TABLE timers (
+        owner TEXT NOT NULL,
+        name TEXT NOT NULL,
+        id TEXT NOT NULL,
+        seconds REAL NOT NULL,
+        value TEXT NOT NULL,
+        PRIMARY KEY (owner, name)) WITHOUT ROWID""",
+)
+
 # What makes version n of version n - 1. A new version is one more entry; entries never change.
-SCHEMA: Final[Schema] = (VERSION_1,)
+SCHEMA: Final[Schema] = (VERSION_1, VERSION_2)

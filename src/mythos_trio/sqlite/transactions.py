@@ -9,6 +9,7 @@ from typing import Final
 
 from attrs import define, field
 
+from mythos_trio.core.data import PLAYER, Write
 from mythos_trio.core.session import State, Told
 from mythos_trio.core.transaction import (
     Answer,
@@ -22,7 +23,9 @@ from mythos_trio.core.transaction import (
     Reason,
     Refused,
     Request,
+    SetTimer,
     Subscribe,
+    TimerChange,
     Transaction,
     Unsubscribe,
 )
@@ -53,12 +56,14 @@ def _is_plain(transaction: Transaction) -> bool:
     """Whether it does nothing but append."""
     if transaction.answer is not None or transaction.request is not None or transaction.presence:
         return False
+    if transaction.reads or transaction.writes or transaction.timers or transaction.fired is not None:
+        return False
     return all(type(effect) is Append for effect in transaction.effects)
 
 
 def _adds(transaction: Transaction) -> bool:
     """Whether it makes the store larger: ends, leavings and marks may pass when it is full."""
-    if transaction.answer is not None or transaction.request is not None:
+    if transaction.answer is not None or transaction.request is not None or transaction.writes or transaction.timers:
         return True
     return any(isinstance(effect, (Append, Begin, Subscribe)) for effect in transaction.effects)
 
@@ -129,6 +134,9 @@ class Batch:
                 return Committed(seqs, self.next - 1, frozenset(range(len(seqs))))
         if transaction.answer is not None:
             self._check_answer(transaction.answer)
+        self._check_data(transaction)
+        if transaction.fired is not None:
+            self._take_timer(transaction.fired)
         if self.full and _adds(transaction):
             raise _Refusing(Reason.FULL, NOTHING_TO_REMOVE)
         duplicates: set[int] = set()
@@ -137,6 +145,10 @@ class Batch:
             self._insert_answer(transaction.answer)
         for mark in transaction.presence:
             self._mark(mark)
+        for write in transaction.writes:
+            self._write(write)
+        for change in transaction.timers:
+            self._change_timer(change)
         if transaction.request is not None:
             key, digest = transaction.request.key, transaction.request.digest
             self.db.execute("INSERT INTO requests VALUES (?, ?, ?, ?)", (key, digest, json.dumps(done), self.now))
@@ -203,6 +215,44 @@ class Batch:
         )
         self.db.execute("INSERT OR IGNORE INTO answered VALUES (?, ?)", (answer.player_id, answer.session_id))
 
+    # The game's data and timers.
+
+    def _check_data(self, transaction: Transaction) -> None:
+        """What it has read is what is stored: else another node, or a commit that failed, came between."""
+        versions = [*transaction.reads.items(), *((write.key, write.before) for write in transaction.writes)]
+        for key, version in versions:
+            row = self.db.execute("SELECT version FROM data WHERE key = ?", (key,)).fetchone()
+            if (0 if row is None else row[0]) != version:
+                raise _Refusing(Reason.STALE, f"{key} has been changed by another transaction")
+
+    def _write(self, write: Write) -> None:
+        self.db.execute(
+            "INSERT INTO data VALUES (?, CAST(? AS TEXT), ?)"
+            " ON CONFLICT (key) DO UPDATE SET value = excluded.value, version = excluded.version",
+            (write.key, write.body, write.version),
+        )
+        if write.key.startswith(PLAYER):
+            # Operators look for it where the seed has it: in the newest session's row.
+            self.db.execute(
+                "UPDATE sessions SET data = CAST(? AS TEXT) WHERE player_id = ? AND ended_at IS NULL",
+                (b"{}" if write.body is None else write.body, write.key.removeprefix(PLAYER)),
+            )
+
+    def _take_timer(self, timer: SetTimer) -> None:
+        gone = self.db.execute(
+            "DELETE FROM timers WHERE owner = ? AND name = ? AND id = ?", (timer.owner, timer.name, timer.id)
+        )
+        if gone.rowcount != 1:
+            raise _Refusing(Reason.GONE, f"the timer {timer.name!r} of {timer.owner} is not there any more")
+
+    def _change_timer(self, change: TimerChange) -> None:
+        self.db.execute("DELETE FROM timers WHERE owner = ? AND name = ?", (change.owner, change.name))
+        if isinstance(change, SetTimer):
+            self.db.execute(
+                "INSERT INTO timers VALUES (?, ?, ?, ?, CAST(? AS TEXT))",
+                (change.owner, change.name, change.id, change.seconds, change.value),
+            )
+
     def _mark(self, mark: PresenceMark) -> None:
         self.db.execute(
             _MARK,
@@ -254,4 +304,9 @@ class Batch:
                 begin.mail_from,
                 Told.ABSENT,
             ),
+        )
+        self.db.execute(
+            "UPDATE sessions SET data = coalesce((SELECT value FROM data WHERE key = ?), '{}')"
+            " WHERE player_id = ? AND session_id = ?",
+            (PLAYER + begin.player_id, *pair),
         )
