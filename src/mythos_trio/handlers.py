@@ -306,7 +306,7 @@ def _timed(steps: Generator[Any, Any, T], name: str, player_id: str) -> Generato
                 _warn_blocked(name, player_id, seconds)
         try:
             value = yield message
-        except BaseException as error:
+        except BaseException as error:  # noqa: ASYNC103 - it is handed on below
             go = lambda e=error: steps.throw(e)  # type: ignore[misc]  # noqa: E731
         else:
             go = lambda v=value: steps.send(v)  # type: ignore[misc]  # noqa: E731

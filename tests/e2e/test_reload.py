@@ -35,23 +35,22 @@ async def test_players_stay_where_they_are(server: Server) -> None:
         async for event in client.events():
             heard.append(event)  # noqa: PERF401 - as it comes
 
-    async with trio.open_nursery() as nursery:
-        async with DualClient(server.url, "alice") as alice:
-            nursery.start_soon(listen, alice)
-            assert (await alice.send_command("take"))["content"] == "Taken."
-            session_id = alice.session_id
-            assert (await alice.send_command("say 0"))["content"] == "You say: 0"
-            game = server.directory / "mygame.py"
-            game.write_text(game.read_text().replace("You say: ", "You shout: "))
-            said = 0
-            with trio.fail_after(30):
-                answer = ""
-                while not answer.startswith("You shout"):
-                    said += 1
-                    answer = (await alice.send_command(f"say {said}"))["content"]
-                    await trio.sleep(0.05)
-            assert (await alice.send_command("look"))["content"] == "It is dark. alice has the stone."
-            assert alice.session_id == session_id
+    async with DualClient(server.url, "alice") as alice, trio.open_nursery() as nursery:
+        nursery.start_soon(listen, alice)
+        assert (await alice.send_command("take"))["content"] == "Taken."
+        session_id = alice.session_id
+        assert (await alice.send_command("say 0"))["content"] == "You say: 0"
+        game = server.directory / "mygame.py"
+        game.write_text(game.read_text().replace("You say: ", "You shout: "))
+        said = 0
+        with trio.fail_after(30):
+            answer = ""
+            while not answer.startswith("You shout"):
+                said += 1
+                answer = (await alice.send_command(f"say {said}"))["content"]
+                await trio.sleep(0.05)
+        assert (await alice.send_command("look"))["content"] == "It is dark. alice has the stone."
+        assert alice.session_id == session_id
         nursery.cancel_scope.cancel()
     contents = [event["content"] for event in heard]
     told = ["alice comes in.", "alice takes the stone.", *(f"alice says: {number}" for number in range(said + 1))]

@@ -57,7 +57,9 @@ class Process:
         self.ended = trio.Event()
         self._scope = trio.CancelScope()
 
-    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(  # noqa: ASYNC128 - `serve` calls it
+        self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
         """From the start to the end of the process; started when the server is ready."""
         try:
             with self._scope:

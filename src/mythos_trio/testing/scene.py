@@ -126,7 +126,7 @@ async def _one_error() -> AsyncIterator[None]:
         if isinstance(error, BaseExceptionGroup):
             raise
         # Where it was raised is in its own traceback; that it was in a group says nothing.
-        raise error from error.__cause__
+        raise error from error.__cause__  # noqa: ASYNC123 - it is the scene's own
 
 
 class World:
