@@ -95,3 +95,12 @@ def test_who_is_replaced_twice_in_a_row_leaves_twice(pause: Pause) -> None:
     """`on_leave` of the first waited with the second session, and was lost when that ended too."""
     connect = Connect("ann", 0, "ws", "new")
     run([(connect, "quiet"), (connect, pause), (connect, pause), (Remove("ann"), "quiet")])
+
+
+def test_a_presence_that_is_being_paid_is_not_noted_as_owed() -> None:
+    """A connection that replaced another one meanwhile noted, behind the commit of `on_join`, that `on_join` was
+    still owed: after a crash it was run again."""
+    connect = Connect("ann", 0, "sse")
+    again = Connect("ann", 0, "sse", replaces=True)
+    for seed in range(20):
+        run([(connect, "done"), (again, "done"), (Restart("crash"), "quiet")], seed)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Literal
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, note, settings
@@ -44,7 +45,7 @@ EXAMPLES = int(os.environ.get("CONFLICT_EXAMPLES", "150"))
 players = st.sampled_from(PLAYERS)
 pages = st.integers(0, PAGES - 1)
 transports = st.sampled_from(TRANSPORTS)
-ways = st.sampled_from(("ws", "post"))
+ways: st.SearchStrategy[Literal["ws", "post"]] = st.sampled_from(("ws", "post"))
 # The first of each is what a failure is shrunk to.
 connects = st.builds(
     Connect,
@@ -100,10 +101,26 @@ steps: st.SearchStrategy[Step] = st.sampled_from(
     [strategy for weight, strategy in WEIGHTS for _ in range(weight)]
 ).flatmap(lambda strategy: strategy)
 pauses: st.SearchStrategy[Pause] = st.sampled_from(("quiet", "done", 0, 0, 1, 3, 8, 20, 50))
+
+
+@st.composite
+def retries(draw: st.DrawFn) -> list[tuple[Step, Pause]]:
+    """A command, a loss of the connection or of the server, and the same command again: too rare by chance."""
+    player, page, transport = draw(players), draw(pages), draw(transports)
+    return [
+        (Connect(player, page, transport), draw(pauses)),
+        (Say(player, page, "act", by=draw(ways)), draw(pauses)),
+        (draw(st.one_of(restarts, drops, waits)), draw(pauses)),
+        (Say(player, page, "act", by=draw(ways), id="again"), draw(pauses)),
+    ]
+
+
 # Lists of lists are longer on average, and shrink as well.
-histories = st.lists(st.lists(st.tuples(steps, pauses), max_size=10), min_size=1, max_size=8).map(
-    lambda parts: [pair for part in parts for pair in part]
-)
+histories = st.lists(
+    st.lists(st.tuples(steps, pauses), max_size=10) | retries(),
+    min_size=1,
+    max_size=8,
+).map(lambda parts: [pair for part in parts for pair in part])
 
 
 @pytest.mark.timeout(1800)

@@ -86,6 +86,8 @@ class ModelGame(Game):
 
     def __init__(self, runs: count[int]) -> None:
         self._runs = runs
+        self.restless_until = 0.0
+        """What a handler has asked for is done a moment after its reply."""
 
     async def on_command(self, player: Player, command: Command) -> Any:
         run, what = next(self._runs), command.content["do"]
@@ -106,8 +108,10 @@ class ModelGame(Game):
         elif what == "join":
             player.subscribe("c1")
         elif what == "renew":
+            self.restless_until = trio.current_time() + 1
             player.new_session()
         elif what == "kick":
+            self.restless_until = trio.current_time() + 1
             player.disconnect()
         return answer
 
@@ -231,6 +235,7 @@ class Life:
     listener: MemoryListener
     database: Recorded
     disk: Disk
+    game: ModelGame
     scope: trio.CancelScope = field(factory=trio.CancelScope)
     done: trio.Event = field(factory=trio.Event)
     ending: bool = False
@@ -303,15 +308,16 @@ class Simulation:
         database = Recorded(self.path, boot_id=lambda: f"boot-{self.reboots}")
         database.history = self.history
         disk = Disk(self.chance)
+        game = ModelGame(self.runs)
         server = Server(
             Settings(port=0, server_id="test", **SETTINGS),
-            game=ModelGame(self.runs),
+            game=game,
             database=database,
             runner=disk,
             clock=VirtualClock(),
             randomness=SeededRandomness(self.seed * 1000 + self.lives),
         )
-        self.life = Life(server, MemoryListener(), database, disk)
+        self.life = Life(server, MemoryListener(), database, disk, game)
         await self.nursery.start(self._serve, self.life)
 
     async def _serve(self, life: Life, task_status: trio.TaskStatus[None]) -> None:
@@ -464,7 +470,8 @@ class Simulation:
     def alone(self) -> bool:
         """Whether only one step is under way, and nothing is wrong with the server."""
         life = self.life
-        return self.running == 1 and not life.ending and life.disk.stuck_until < trio.current_time()
+        trouble_until = max(life.disk.stuck_until, life.game.restless_until)
+        return self.running == 1 and not life.ending and trouble_until < trio.current_time()
 
     async def quiet(self) -> None:
         """Wait until nothing is under way, then hold everything against the model."""
