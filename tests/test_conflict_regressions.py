@@ -7,7 +7,20 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.support.conflicts import Connect, Drop, Pause, Publish, Remove, Restart, Step, Stick, Switch, Wait, run
+from tests.support.conflicts import (
+    Connect,
+    Drop,
+    Pause,
+    Publish,
+    Remove,
+    Restart,
+    Step,
+    Stick,
+    Subscribe,
+    Switch,
+    Wait,
+    run,
+)
 from tests.support.play import play
 
 
@@ -104,3 +117,15 @@ def test_a_presence_that_is_being_paid_is_not_noted_as_owed() -> None:
     again = Connect("ann", 0, "sse", replaces=True)
     for seed in range(20):
         run([(connect, "done"), (again, "done"), (Restart("crash"), "quiet")], seed)
+
+
+def test_a_session_that_stays_has_what_was_subscribed_while_it_was_to_end() -> None:
+    """It had been forgotten when the subscription was stored, and then went on without it."""
+    run(
+        [
+            (Connect("ann", 0, "ws"), "quiet"),
+            (Stick(7.0), "done"),
+            (Subscribe("ann", 0, "c2"), "done"),
+            (Connect("ann", 1, "ws", "new"), "quiet"),
+        ]
+    )

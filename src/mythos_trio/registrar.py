@@ -330,8 +330,10 @@ class Registrar:
         try:
             outcome = await self._commit(transaction, change)
         except Refusal:
-            self._stay(row, live)
+            self._stay(live)
             raise
+        if live is not None:
+            self._hub.remove(live)
         owed = evolve(row, told=leave.told.value, owed=leave.owed_text)
         if with_connection:
             fresh = self._new_row(player_id, new_id, outcome.seqs[-1], seen, presence)
@@ -381,8 +383,10 @@ class Registrar:
         try:
             await self._commit(transaction, change)
         except Refusal:
-            self._stay(row, live)
+            self._stay(live)
             raise
+        if live is not None:
+            self._hub.remove(live)
         self._context.statistics.session("ended")
         log.info(f"Session ended: {reason}", player_id=row.player_id, session_id=row.session_id, reason=reason)
         return leave
@@ -414,20 +418,22 @@ class Registrar:
         return max(stored, self._hub.marked(player_id))
 
     async def _stop(self, live: LiveSession, change: _Change, close: Close, *, by: str, reason: str) -> SessionRow:
-        """End a live session's tasks and wait for them; its row as it stood then."""
+        """End a live session's tasks and wait for them; its row as it stood then.
+
+        It stays in the hub until its end is stored: what was queued before that is still its own, and if
+        the store refuses the end it goes on with it.
+        """
         live.cancel(close, by=by, reason=reason)
         with trio.move_on_after(END_SECONDS):
             await live.finished.wait()
             await live.settle()
-            self._hub.remove(live)
             return live.snapshot()
         if live.finished.is_set():
             # A handler's commit is under way. Its outcome decides what is owed, so it is waited for;
             # then the session stays.
             change.late.set()
             await live.settle()
-            self._hub.remove(live)
-            self._stay(live.snapshot(), live)
+            self._stay(live)
             raise busy("the store is slow: try again")
         self._hub.stuck.append(live)
         log.error(
@@ -438,10 +444,11 @@ class Registrar:
         )
         raise busy("the player's former session has not ended yet: try again")
 
-    def _stay(self, row: SessionRow, live: LiveSession | None) -> None:
+    def _stay(self, live: LiveSession | None) -> None:
         """The commit failed: the old session stays, link-dead, if it was alive."""
         if live is not None:
-            self._begin_living(LiveSession(row, self._context, complete=False))
+            self._hub.remove(live)
+            self._begin_living(LiveSession(live.snapshot(), self._context, complete=False))
 
     async def _commit(self, transaction: Transaction, change: _Change) -> Committed:
         """Commit a change. After `COMMIT_SECONDS` who waits is told to try again, and the change is taken
