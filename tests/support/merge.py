@@ -28,6 +28,8 @@ class View:
     taken: dict[tuple[int, str], dict[str, Any]] = field(factory=dict)
     gaps: list[tuple[int, int, str]] = field(factory=list)
     """(after, position, reason), in numbers."""
+    session_id: str = ""
+    """Of the newest welcome."""
 
     @property
     def position(self) -> str:
@@ -91,6 +93,7 @@ class Received:
         kind = message["type"]
         if kind == "welcome":
             self.session_id, self.connection_id = message["session_id"], message["connection_id"]
+            self.view.session_id = self.session_id
             if self.named is None:
                 self.view.start(message["position"])
         elif kind == "gap":
@@ -195,6 +198,8 @@ class Received:
     def _check_view(self, stream: list[Fact]) -> None:
         """What came on this connection is in the merged view, or was left out for being old."""
         view = self.view
+        if view.session_id != self.session_id:
+            return  # what the former session had on the wire comes too late for a view of the next one
         for fact in stream:
             if self.start < fact.seq <= self.last and (fact.seq, fact.id) not in view.taken:
                 told = fact.seq in self._excused or any(after < fact.seq for after, _, _ in view.gaps)
