@@ -202,5 +202,7 @@ class Received:
             return  # what the former session had on the wire comes too late for a view of the next one
         for fact in stream:
             if self.start < fact.seq <= self.last and (fact.seq, fact.id) not in view.taken:
-                told = fact.seq in self._excused or any(after < fact.seq for after, _, _ in view.gaps)
+                told = fact.seq in self._excused or any(
+                    after < fact.seq or reason == "future" for after, _, reason in view.gaps
+                )
                 require(told, "the merged view is the stream", connection=self.label, seq=fact.seq, view=view.position)
