@@ -234,7 +234,7 @@ def test_a_type_that_games_cannot_use(stage: Stage, bad: Any) -> None:
         gather(stage).world.publish("inn", bad, "hi")
 
 
-@pytest.mark.parametrize("field", ["id", "seq", "epoch", "timestamp", "type", "content"])
+@pytest.mark.parametrize("field", ["id", "seq", "epoch", "replaces", "timestamp", "type", "content"])
 def test_fields_that_are_the_servers(stage: Stage, field: str) -> None:
     with pytest.raises(GameError, match=f"^send: the server sets {field}"):
         gather(stage).player.send("say", "hi", **{field: 1})

@@ -192,6 +192,7 @@ async def test_unknown_player_is_offline(stand: Stand) -> None:
 async def test_player_online_on_both(stand: Stand) -> None:
     make_crowd(stand)
     session = stand.hub.sessions["both"]
+    session.deliveries.replaced = 3
     session.deliveries.wrote(104, 4)
     session.deliveries.confirm(104)
     session.deliveries.fail(NOW - 5, "gap: retention")
@@ -213,10 +214,11 @@ async def test_player_online_on_both(stand: Stand) -> None:
     one = answer["connections"]["websocket"]["connections"][0]
     assert one["opened"] == "2023-11-14T22:13:10.000Z"
     assert one["server_id"] == "node-1"
-    assert {"connection_id", "written", "acknowledged", "behind", "waiting_for"} <= set(one)
+    assert {"connection_id", "written", "acknowledged", "behind", "replaced", "waiting_for"} <= set(one)
     assert answer["message_delivery_stats"] == {
-        "sent": 6,
+        "sent": 9,
         "delivered": 4,
+        "replaced": 3,
         "acknowledged": 4,
         "pending": 2,
         "failed": 1,

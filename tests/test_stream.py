@@ -574,6 +574,7 @@ BAD = [
     ({"player_id": "ann", "message": {"type": "x" * 65, "content": 1}}, 422),
     ({"player_id": "ann", "message": {"type": "x", "content": 1, "seq": 1}}, 422),
     ({"player_id": "ann", "message": {"type": "x", "content": 1, "epoch": 1}}, 422),
+    ({"player_id": "ann", "message": {"type": "x", "content": 1, "replaces": 1}}, 422),
     ({"player_id": "ann", "message": {"type": "welcome", "content": 1}}, 422),
     ({"player_id": "ann", "message": {"type": "x", "content": 1, "id": ""}}, 422),
     ({"player_id": "ann", "message": {"type": "x", "content": 1, "id": "x" * 129}}, 422),

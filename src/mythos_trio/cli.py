@@ -466,7 +466,10 @@ def _explain_player(answer: dict[str, Any]) -> None:
         ("status", f"{presence['status']}, last seen {presence['last_seen'] or 'never'}"),
         ("session", answer["session_id"] or "none"),
         ("health", health["overall_health"]),
-        ("messages", ", ".join(f"{stats[key]} {key}" for key in ("sent", "delivered", "acknowledged", "pending"))),
+        (
+            "messages",
+            ", ".join(f"{stats[key]} {key}" for key in ("sent", "delivered", "replaced", "acknowledged", "pending")),
+        ),
     ]
     failure = stats.get("last_failure")
     failed = f"{stats['failed']}" + (f", the last {failure['when']}: {failure['reason']}" if failure else "")

@@ -6,7 +6,8 @@ The dispatcher calls `pump` for every connection that a round concerns. At the h
 nothing unsent, that is one non-blocking send of bytes which all receivers share; no task is woken.
 Only when the link refuses (its socket is full), or the log in memory has moved on past the cursor,
 does a task of the connection's own start (`_catch_up`): it writes many frames in one send, from the
-log or from the store, and ends when it has reached the head.
+log or from the store, and ends when it has reached the head. Until then the connection is *behind*, and is
+not sent what a newer message of the same write replaces (`mythos_trio.core.backlog`).
 
 Everything else that a connection sends waits in a bounded place for its turn between the messages:
 the welcome and a gap (`_first`), replies (at most `MAX_REPLIES`, each behind the messages that it
@@ -17,7 +18,7 @@ when the link has taken all of it, so a refused send loses nothing and repeats n
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
@@ -25,6 +26,7 @@ import trio
 from attrs import frozen
 
 from mythos_trio.core import wire
+from mythos_trio.core.backlog import Batch, Replaced, next_batch
 from mythos_trio.core.errors import Close
 from mythos_trio.core.health import Liveness
 from mythos_trio.core.position import Gap, Position
@@ -41,6 +43,7 @@ CHUNK_BYTES: Final = 65536
 READ_MESSAGES: Final = 256
 # While the store cannot be read a connection that needs it tries again this often.
 RETRY_SECONDS: Final = 1.0
+NOTHING: Final = Batch((), 0)
 
 
 class Written(Enum):
@@ -100,6 +103,8 @@ class Connection:
         self.heartbeat_at = now
         self.post_at = now  # when a POST last named this connection
         self._start: Callable[[Callable[[], Awaitable[None]]], None] | None = None
+        self.replaced = Replaced()
+        self._behind = True  # from when the link refuses, or from the beginning, to the head of the log
         self._index: int | None = None  # the cursor in the log; None: behind the log, or not known
         self._told_lost = 0  # losses up to this number have been told as a gap
         self._first: list[bytes] = []  # goes out before the next message: welcome, gaps
@@ -295,7 +300,7 @@ class Connection:
                 self._has_written([message], self.hub.newest)
                 return
         if self._write_all_now() is not Written.ALL:
-            self._busy = True
+            self._busy = self._behind = True
             try:
                 self._start(self._catch_up)
             except RuntimeError:
@@ -305,45 +310,47 @@ class Connection:
     def _write_all_now(self) -> Written:
         """Write as far as can be done without waiting."""
         while True:
-            messages, upto = self._next_messages()
-            data = self._compose(messages, upto)
+            batch, upto = self._next_batch()
+            data = self._compose(batch, upto)
             if data:
                 if not self.link.try_send(data):
                     return Written.REFUSED
-                self._taken(messages, upto)
-            elif messages is None:
+                self._taken(batch, upto)
+            elif batch is None:
                 return Written.STORE
-            elif not messages:
+            elif not batch.count:
                 self._move_to(upto)
+                self._behind = False
                 return Written.ALL
 
-    def _next_messages(self) -> tuple[list[Message] | None, int]:
+    def _next_batch(self) -> tuple[Batch | None, int]:
         """What comes next and up to which number the stream is then complete; None: not in memory."""
         if self._chunk:
-            size = 0
-            for count, message in enumerate(self._chunk):
-                size += len(message.body)
-                if size > CHUNK_BYTES and count:
-                    return self._chunk[:count], self._chunk[count - 1].seq
-            return self._chunk, self._chunk_to
+            batch = next_batch(self._chunk, CHUNK_BYTES)
+            return batch, self._chunk_to if batch.count == len(self._chunk) else batch.messages[-1].seq
         log = self.session.log
         if log is None:
-            return [], self._from
+            return NOTHING, self._from
         if self._index is None or not log.holds(self._index):
             self._index = log.locate(self._from)
             if self._index is None:
                 return None, self._from
         if self._index == log.head:
-            return [], max(self.hub.newest, self._from)
-        messages = log.read(self._index, CHUNK_BYTES)
-        at_head = self._index + len(messages) == log.head
-        return messages, self.hub.newest if at_head else messages[-1].seq
+            return NOTHING, max(self.hub.newest, self._from)
+        if self._behind:
+            batch = next_batch(log.after(self._index), CHUNK_BYTES)
+        else:
+            messages = log.read(self._index, CHUNK_BYTES)
+            batch = Batch(messages, len(messages))
+        at_head = self._index + batch.count == log.head
+        return batch, self.hub.newest if at_head else batch.messages[-1].seq
 
-    def _compose(self, messages: list[Message] | None, upto: int) -> bytes:
+    def _compose(self, batch: Batch | None, upto: int) -> bytes:
         """The bytes of the next send: first words, messages, then what has its place behind them."""
         epoch = self.hub.epoch
         parts = list(self._first)
-        parts += [self.framing.message(message, epoch) for message in messages or ()]
+        if batch is not None:
+            parts += self._frames(batch, epoch)
         written = max(upto, self._from)
         position = f"{epoch}-{written}"
         for pending in self._due_replies(written):
@@ -357,6 +364,18 @@ class Connection:
             parts.append(wire.PING)
         return b"".join(parts)
 
+    def _frames(self, batch: Batch, epoch: int) -> list[bytes]:
+        framing = self.framing
+        if not batch.skipped:
+            return [framing.message(message, epoch) for message in batch.messages]
+        replaces = batch.replaces()
+        return [
+            framing.replacing(message, epoch, replaces[message.seq])
+            if message.seq in replaces
+            else framing.message(message, epoch)
+            for message in batch.messages
+        ]
+
     def _due_replies(self, written: int) -> list[PendingReply]:
         due = []
         for pending in self._replies:
@@ -365,7 +384,7 @@ class Connection:
             due.append(pending)
         return due
 
-    def _taken(self, messages: list[Message] | None, upto: int) -> None:
+    def _taken(self, batch: Batch | None, upto: int) -> None:
         """The link has taken what `_compose` made of the same arguments: move all marks."""
         for _ in range(len(self._due_replies(max(upto, self._from)))):
             self._replies.popleft()
@@ -375,20 +394,23 @@ class Connection:
         if self._heartbeat and self.transport == "sse" and not self.liveness.waiting:
             self.liveness.probed(trio.current_time())
         self._heartbeat = False
-        if messages:
+        if batch is not None and batch.count:
             if self._chunk:
-                self._chunk = self._chunk[len(messages) :]
+                self._chunk = self._chunk[batch.count :]
             elif self._index is not None:
-                self._index += len(messages)
-            self._has_written(messages, upto)
+                self._index += batch.count
+            if batch.skipped:
+                self.replaced.note(batch.skipped)
+                self.session.skipped_for(self, batch.skipped)
+            self._has_written(batch.messages, upto)
         else:
-            self._move_to(self._from if messages is None else upto)
+            self._move_to(self._from if batch is None else upto)
         if self._ping:
             self._ping = False
             self._ping_mark = self.written
             self.liveness.probed(trio.current_time())
 
-    def _has_written(self, messages: list[Message], upto: int) -> None:
+    def _has_written(self, messages: Sequence[Message], upto: int) -> None:
         self._move_to(upto)
         self.sent += len(messages)
         self.session.delivered_to(self, messages)

@@ -185,7 +185,8 @@ class World:
 
     Where a message can have more *fields* than its type and content, they stand beside these in the
     message: ``publish("room:inn", "say", "ann says: hi", player="ann")``. A field ``replace_key`` says that
-    of two messages with the same key only the newer one matters to a client that has fallen behind.
+    of two messages to the same target with the same key only the newer one matters to a client that has fallen
+    behind.
     """
 
     __slots__ = ("_gathering",)

@@ -295,6 +295,7 @@ class Monitor:
             "written": connection.written,
             "acknowledged": connection.acknowledged,
             "behind": connection.behind,
+            "replaced": connection.replaced.count,
             "waiting_for": connection.waiting_for,
             "healthy": connection.healthy,
             "why": connection.why,
@@ -314,8 +315,9 @@ class Monitor:
         pending = await self._pending(player_id, live, row)
         last = counts.last_failure
         return {
-            "sent": counts.delivered + pending,
+            "sent": counts.delivered + counts.replaced + pending,
             "delivered": counts.delivered,
+            "replaced": counts.replaced,
             "acknowledged": counts.acknowledged,
             "pending": pending,
             "failed": counts.failed,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -60,6 +60,7 @@ from mythos_trio.timers import TimerClock
 
 if TYPE_CHECKING:
     from mythos_trio.connection import Connection
+    from mythos_trio.core.backlog import Skipped
     from mythos_trio.core.position import Gap
     from mythos_trio.core.wire import Message
 
@@ -293,7 +294,13 @@ class LiveSession:
             self.deliveries.confirm(seq)
             self._hub.mark(self.player_id, self.session_id, seq)
 
-    def delivered_to(self, connection: Connection, messages: list[Message]) -> None:
+    def skipped_for(self, connection: Connection, skipped: Sequence[Skipped]) -> None:
+        """*skipped* are not written to *connection*, but what replaces them: told before `delivered_to`."""
+        upto = self.deliveries.upto
+        self.deliveries.replaced += sum(one.seq > upto for one in skipped)
+        self._context.statistics.replaced(len(skipped))
+
+    def delivered_to(self, connection: Connection, messages: Sequence[Message]) -> None:
         """*messages* have been written to *connection*: count those that are new to the player."""
         upto = self.deliveries.upto
         if messages[-1].seq <= upto:

@@ -176,6 +176,7 @@ class Statistics:
         self._latency = Samples()
         self._published = 0
         self._delivered = 0
+        self._replaced = 0
         self._failed: Counter[str] = Counter()
         self._sessions = Counter({"created": 0, "replaced": 0, "recovered": 0, "ended": 0})
         self._commands = Samples()
@@ -214,6 +215,10 @@ class Statistics:
         self._rates.deliveries.add(self._now(), n)
         if ms is not None:
             self._latency.add(ms)
+
+    def replaced(self, n: int) -> None:
+        """*n* messages were not written to a connection that was behind, but newer ones of their keys."""
+        self._replaced += n
 
     def failed(self, n: int, reason: str) -> None:
         _count(self._failed, reason, n)
@@ -279,6 +284,7 @@ class Statistics:
             "total_messages": self._published,
             "delivered": self._delivered,
             "failed": failed,
+            "replaced": self._replaced,
             "failed_by_reason": dict(self._failed),
             "delivery_success_rate": share(self._delivered, failed),
             **self._latency.read(),

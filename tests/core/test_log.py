@@ -97,6 +97,7 @@ def test_reading_on_from_anywhere_gives_all_that_is_held(
             assert index is None
             continue
         assert index is not None
+        assert [m.seq for m in log.after(index)] == [s for s in held if s > start]
         read = []
         while index < log.head:
             messages = log.read(index, chunk)

@@ -75,6 +75,7 @@ def test_a_type_has_1_to_64_characters(length: int) -> None:
         ({"type": "say"}, "content"),
         ({"type": "say", "content": "hi", "seq": 1}, "seq"),
         ({"type": "say", "content": "hi", "epoch": None}, "epoch"),
+        ({"type": "say", "content": "hi", "replaces": 2}, "replaces"),
         ({"type": "say", "content": "hi", "id": ""}, "id"),
         ({"type": "say", "content": "hi", "id": 7}, "id"),
         ({"type": "say", "content": "hi", "id": None}, "id"),

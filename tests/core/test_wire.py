@@ -50,6 +50,18 @@ def test_a_message_is_the_same_on_both_transports(text: str, seq: int) -> None:
     assert (json.loads(sse.data), sse.id, sse.event) == (expected, f"3-{seq}", "message")
 
 
+@given(TEXTS, st.integers(1, 1000))
+def test_a_message_that_stands_for_others_says_so_on_both_transports(text: str, count: int) -> None:
+    message = Message(8, "m1", "@ann", json.dumps({"id": "m1", "content": text, "replace_key": "hp"}).encode())
+    expected = {"seq": 8, "replaces": count, "id": "m1", "content": text, "replace_key": "hp"}
+    (frame,) = frames(WEBSOCKET.replacing(message, 3, count))
+    assert json.loads(frame.data) == expected
+    sse = event(SSE.replacing(message, 3, count))
+    assert (json.loads(sse.data), sse.id, sse.event) == (expected, "3-8", "message")
+    # What the others share is not touched.
+    assert json.loads(event(SSE.message(message, 3)).data) == {n: v for n, v in expected.items() if n != "replaces"}
+
+
 def test_a_message_is_encoded_once() -> None:
     message = Message(1, "m", "@ann", b'{"id":"m"}')
     assert WEBSOCKET.message(message, 1) is WEBSOCKET.message(message, 1)

@@ -13,6 +13,7 @@ import trio
 from attrs import define, field
 
 from mythos_trio.config import Settings
+from mythos_trio.core.backlog import Replaced
 from mythos_trio.core.deliveries import Deliveries
 from mythos_trio.core.errors import ErrorType, Refusal
 from mythos_trio.core.position import Position
@@ -62,6 +63,7 @@ class FakeConnection:
     written: int = 0
     acknowledged: int = 0
     behind: int = 0
+    replaced: Replaced = field(factory=Replaced)
     waiting_for: str | None = None
     last_activity: float = NOW - 1
     why: str | None = None

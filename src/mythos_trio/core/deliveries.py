@@ -17,6 +17,8 @@ class Deliveries:
     upto: int
     delivered: int = 0
     acknowledged: int = 0
+    replaced: int = 0
+    """Never written to any connection: the first that came to them was behind, and was written newer ones."""
     failed: int = 0
     last_failure: tuple[float, str] | None = None
     """(POSIX seconds, reason)."""

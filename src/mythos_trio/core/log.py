@@ -8,6 +8,7 @@ than the log reaches reads it there (`Log.floor` says from where on the log is e
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from itertools import islice
 from typing import Final
 
@@ -75,3 +76,7 @@ class Log:
                 break
             messages.append(message)
         return messages
+
+    def after(self, index: int) -> Iterator[Message]:
+        """All messages from *index* on. Nothing may be appended while they are gone through."""
+        return islice(self._entries, index - self._first, None)

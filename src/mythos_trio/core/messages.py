@@ -16,7 +16,7 @@ from mythos_trio.core.errors import ErrorType, Refusal, invalid
 # Types of the control messages that the server alone may say.
 RESERVED_TYPES: Final = frozenset({"welcome", "heartbeat", "gap", "reply", "pong", "session_changed", "disconnect"})
 # Fields of a message that are the server's, or have a place of their own in `PublisherMessage`.
-SERVER_FIELDS: Final = frozenset({"seq", "epoch"})
+SERVER_FIELDS: Final = frozenset({"seq", "epoch", "replaces"})
 OWN_FIELDS: Final = frozenset({"id", "type", "content", "timestamp"})
 
 # Deep enough for any message that people write. The decoder itself stops at Python's recursion limit

@@ -24,6 +24,16 @@ _MAX_CLOSE_REASON: Final = 123
 _encoder = msgspec.json.Encoder()
 
 
+class _Keyed(msgspec.Struct):
+    """What of a message's body says whether it may be replaced; the rest is passed over."""
+
+    replace_key: Any = None
+
+
+_decode_keyed: Final = msgspec.json.Decoder(_Keyed).decode
+_UNREAD: Final = ("", "")
+
+
 class Message:
     """A stored message, shared by the logs of all its receivers.
 
@@ -31,7 +41,7 @@ class Message:
     sessions to which it was written, for the log line that says so.
     """
 
-    __slots__ = ("_sse", "_websocket", "accepted_at", "body", "id", "players", "receivers", "seq", "target")
+    __slots__ = ("_key", "_sse", "_websocket", "accepted_at", "body", "id", "players", "receivers", "seq", "target")
 
     def __init__(self, seq: int, id: str, target: str, body: bytes, accepted_at: float = 0.0) -> None:
         self.seq = seq
@@ -43,10 +53,27 @@ class Message:
         self.players: list[str] = []
         self._websocket: bytes | None = None
         self._sse: bytes | None = None
+        self._key: tuple[str, str] | None = _UNREAD
+
+    @property
+    def key(self) -> tuple[str, str] | None:
+        """Target and ``replace_key``: a newer message with the same may stand in for this one. None: none may.
+
+        It is read when a connection is behind, and not before: few messages have one, and few
+        connections are behind.
+        """
+        if self._key is _UNREAD:
+            said = _decode_keyed(self.body).replace_key if b'"replace_key"' in self.body else None
+            self._key = (self.target, said) if isinstance(said, str) else None
+        return self._key
 
     @property
     def payload(self) -> bytes:
         return b'{"seq":%d,%b' % (self.seq, self.body[1:])
+
+    def payload_replacing(self, count: int) -> bytes:
+        """As it looks to a connection that was not sent *count* older messages with its key."""
+        return b'{"seq":%d,"replaces":%d,%b' % (self.seq, count, self.body[1:])
 
     def websocket(self) -> bytes:
         frame = self._websocket
@@ -58,7 +85,7 @@ class Message:
         """*epoch* is the present one: it is the same for every receiver in one process."""
         event = self._sse
         if event is None:
-            event = self._sse = b"id: %d-%d\ndata: %b\n\n" % (epoch, self.seq, self.payload)
+            event = self._sse = _numbered_event(epoch, self.seq, self.payload)
         return event
 
 
@@ -68,6 +95,10 @@ class Framing(Protocol):
     name: str
 
     def message(self, message: Message, epoch: int) -> bytes: ...
+    def replacing(self, message: Message, epoch: int, count: int) -> bytes:
+        """*message* for one connection, to which it stands in for *count* others."""
+        ...
+
     def control(self, payload: bytes, position: str | None = None) -> bytes:
         """*position* becomes the SSE event's id, where the control message carries one."""
         ...
@@ -86,6 +117,9 @@ class WebSocketFraming:
     def message(self, message: Message, epoch: int) -> bytes:
         return message.websocket()
 
+    def replacing(self, message: Message, epoch: int, count: int) -> bytes:
+        return text_frame(message.payload_replacing(count))
+
     def control(self, payload: bytes, position: str | None = None) -> bytes:
         return text_frame(payload)
 
@@ -98,6 +132,9 @@ class SSEFraming:
 
     def message(self, message: Message, epoch: int) -> bytes:
         return message.sse(epoch)
+
+    def replacing(self, message: Message, epoch: int, count: int) -> bytes:
+        return _numbered_event(epoch, message.seq, message.payload_replacing(count))
 
     def control(self, payload: bytes, position: str | None = None) -> bytes:
         return sse_event(payload, position)
@@ -168,3 +205,7 @@ def sse_event(payload: bytes, position: str | None, retry_ms: int | None = None)
     head = b"" if position is None else b"id: %b\n" % position.encode()
     retry = b"" if retry_ms is None else b"retry: %d\n" % retry_ms
     return b"%b%bdata: %b\n\n" % (retry, head, payload)
+
+
+def _numbered_event(epoch: int, seq: int, payload: bytes) -> bytes:
+    return b"id: %d-%d\ndata: %b\n\n" % (epoch, seq, payload)
