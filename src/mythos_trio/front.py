@@ -197,6 +197,7 @@ class Front:
         self._idle: dict[trio.CancelScope, tuple[Link, int]] = {}
         """Kept connections that wait for a request, and what they had received when they began to."""
         self._answering = 0
+        self._answered = trio.Event()
         self._exhausted = _Episode()
         self._crowded = _Episode()
 
@@ -223,7 +224,7 @@ class Front:
         """Until every request that has come is answered, or handed over; *seconds* at most."""
         with trio.move_on_after(seconds):
             while self._answering:
-                await trio.sleep(0.01)
+                await self._answered.wait()
 
     def stop_accepting(self) -> None:
         """Close the listeners; connections go on. `serve` returns when the last one is through."""
@@ -370,6 +371,9 @@ class Front:
             self._crashed(link, head, error, sent)
         finally:
             self._answering -= 1
+            if self._draining and not self._answering:
+                self._answered.set()
+                self._answered = trio.Event()
         return _Then.CLOSE
 
     async def _serve(self, link: Link, head: Head) -> _Then:

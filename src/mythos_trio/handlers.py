@@ -116,6 +116,18 @@ class Context:
     """Given by the registrar: begin a new session for this one's player."""
     handlers: dict[trio.CancelScope, trio.lowlevel.Task] = field(factory=dict)
     """The handlers that run now, and in which task: a drain cuts them off after a while."""
+    _one_ended: trio.Event = field(factory=trio.Event)
+
+    def handler_ended(self) -> None:
+        """A handler, or a session's turn of them, is over: a drain looks again. Costs nothing otherwise."""
+        if self.draining:
+            self._one_ended.set()
+            self._one_ended = trio.Event()
+
+    async def wait_handlers(self) -> None:
+        """While draining: until no handler runs."""
+        while self.handlers or any(session.running_handler for session in self.hub.sessions.values()):
+            await self._one_ended.wait()
 
 
 @frozen
@@ -127,8 +139,8 @@ class LeaveOwed:
     state: State = State.ENDED
 
 
-def draining() -> Refusal:
-    return Refusal(ErrorType.SYSTEM, "the server is restarting", status=503, close=DRAIN, retry_ms=1000)
+def draining(retry_ms: int = 1000) -> Refusal:
+    return Refusal(ErrorType.SYSTEM, "the server is restarting", status=503, close=DRAIN, retry_ms=retry_ms)
 
 
 @frozen
@@ -250,6 +262,7 @@ async def run_handler(
         finally:
             gathering.close()
             del context.handlers[scope]
+            context.handler_ended()
     if scope.cancelled_caught and context.draining:
         raise draining()
     if scope.cancelled_caught:

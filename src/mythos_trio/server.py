@@ -28,6 +28,7 @@ from mythos_trio.bridge import Bridge
 from mythos_trio.checker import Checker
 from mythos_trio.config import Settings, sqlite_path
 from mythos_trio.core.errors import DRAIN, ErrorType
+from mythos_trio.core.rates import return_ms
 from mythos_trio.dispatcher import Dispatcher, Failure
 from mythos_trio.front import Front
 from mythos_trio.game import Game, load_game
@@ -61,9 +62,6 @@ LAST_SECONDS: Final = 2.0
 ANSWER_SECONDS: Final = 1.0
 # What a task of the game's that cannot be cancelled has left after the drain, before the process ends without it.
 LINGER_SECONDS: Final = 2.0
-# Clients are told to come back at this rate, so that a full server does not get them all at once.
-RETURNS_A_SECOND: Final = 1000
-FIRST_RETURN_MS: Final = 500
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
@@ -258,10 +256,10 @@ class Server:
     async def _finish_handlers(self, until: float) -> None:
         """Running handlers may end by themselves until then; after that they are cut off."""
         with trio.move_on_at(until):
-            await self._wait_handlers()
+            await self.context.wait_handlers()
         for scope in list(self.context.handlers):
             scope.cancel()
-        await self._wait_handlers()
+        await self.context.wait_handlers()
 
     async def _finish_requests(self) -> None:
         """What is queued is committed, and who waits for it, or came too late, has the answer. What asked
@@ -271,17 +269,10 @@ class Server:
             await self.front.wait_answered(ANSWER_SECONDS)
         await self.dispatcher.wait_idle()
 
-    async def _wait_handlers(self) -> None:
-        while self.context.handlers or any(session.running_handler for session in self.hub.sessions.values()):
-            await trio.sleep(0.01)
-
     def _say_goodbye(self) -> None:
         """Tell every client when to come back, spread out."""
-        connections = list(self.hub.connections.values())
-        spread = 1000 * len(connections) / RETURNS_A_SECOND
-        for connection in connections:
-            retry_ms = int(FIRST_RETURN_MS + self._randomness.uniform(0, spread))
-            connection.end(DRAIN, retry_ms=retry_ms)
+        for place, connection in enumerate(list(self.hub.connections.values())):
+            connection.end(DRAIN, retry_ms=return_ms(place + self._randomness.uniform(0, 1)))
 
     async def _close_store(self) -> int:
         noted = await self.checker.note()

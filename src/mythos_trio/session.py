@@ -456,6 +456,7 @@ class LiveSession:
         finally:
             self._working = False
             self._paid.set()
+            self._context.handler_ended()
 
     async def _pay_presence(self) -> bool:
         """Run the handler that is owed first; False if its commit failed (it is still owed)."""

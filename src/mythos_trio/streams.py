@@ -30,7 +30,7 @@ from mythos_trio.core.errors import (
     busy,
 )
 from mythos_trio.core.position import Gap, Position, Resume, parse_position, resume_from
-from mythos_trio.core.rates import Buckets
+from mythos_trio.core.rates import Buckets, return_ms
 from mythos_trio.core.requests import Ack, Auth, ClientRequest, Command, Ping
 from mythos_trio.core.wire import Framing
 from mythos_trio.handlers import draining
@@ -131,6 +131,8 @@ class Streams:
         self._abuse = Buckets(settings.rate_limit_requests, settings.rate_limit_window)
         self._nursery: trio.Nursery | None = None
         self._arriving = 0
+        self._lingering = 0
+        self._quiet = trio.Event()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as nursery:
@@ -139,11 +141,18 @@ class Streams:
             await trio.sleep_forever()
 
     async def wait_quiet(self) -> None:
-        """Until all last words have been taken, or given up."""
-        if self._nursery is None:
-            return
-        while self._nursery.child_tasks:
-            await trio.sleep(0.01)
+        """When all have been told to go: until every connection is over, and its last words taken or given up."""
+        while not self._is_quiet():
+            await self._quiet.wait()
+
+    def _is_quiet(self) -> bool:
+        # Who has been told to go is in the hub until its task has taken its next step.
+        return not self._lingering and not self._context.hub.connections
+
+    def _tell_quiet(self) -> None:
+        if self._context.draining and self._is_quiet():
+            self._quiet.set()
+            self._quiet = trio.Event()
 
     # Letting in: the front door's task.
 
@@ -170,9 +179,13 @@ class Streams:
         position = None if text is None else parse_position(text)
         visitor.require_player(player)
         if self._context.draining:
-            raise draining()
+            raise self._draining()
         self._check_server(visitor)
         return Wish(session_id, position, head.query.get("replaces") or None)
+
+    def _draining(self) -> Refusal:
+        # Perhaps as many come now as have been here.
+        return draining(return_ms(self._context.randomness.uniform(0, 1 + len(self._context.hub.connections))))
 
     def _check_server(self, visitor: Visitor) -> None:
         settings = self._context.settings
@@ -316,6 +329,8 @@ class Streams:
         chunk = await self._first_chunk(session, resume.after)
         if session.over:
             raise StartOver
+        if self._context.draining:  # those that are here have perhaps been told to go already
+            raise self._draining()
         if named is not None and (resume.gap is None or resume.gap.reason == "epoch"):
             session.saw(resume.after)
         lost = chunk is not None and chunk.lost > 0
@@ -480,6 +495,7 @@ class Streams:
             link.start = self._nursery.start_soon
         elif not arrival.start_over:
             self._linger(link)
+        self._tell_quiet()
 
     def _linger(self, link: Link) -> None:
         """Wait for the peer to take the last words, a second at most, outside of the player's nursery."""
@@ -488,9 +504,18 @@ class Streams:
             return
         link.start = self._nursery.start_soon
         try:
-            self._nursery.start_soon(link.linger, name="last words")
+            self._nursery.start_soon(self._last_words, link, name="last words")
         except RuntimeError:  # the server is stopping, hard
             link.close()
+        else:
+            self._lingering += 1
+
+    async def _last_words(self, link: Link) -> None:
+        try:
+            await link.linger()
+        finally:
+            self._lingering -= 1
+            self._tell_quiet()
 
     def _log_disconnected(
         self, connection: Connection, session: LiveSession, arrival: _Arrival, close: Close, by: str

@@ -1,10 +1,13 @@
-"""Token buckets."""
+"""Token buckets; how clients come back."""
 
 from __future__ import annotations
 
+from collections import Counter
+from random import Random
+
 import pytest
 
-from mythos_trio.core.rates import Buckets
+from mythos_trio.core.rates import FIRST_RETURN_MS, RETURNS_A_SECOND, Buckets, return_ms
 
 
 def test_a_burst_and_then_one_at_a_time() -> None:
@@ -35,3 +38,21 @@ def test_the_key_asked_longest_ago_is_forgotten() -> None:
         buckets.take(key, 0.0)
     assert buckets.take("ann", 0.0) > 0.0
     assert buckets.take("bob", 0.0) == 0.0
+
+
+def test_nobody_comes_back_before_there_is_somebody() -> None:
+    assert return_ms(0) == FIRST_RETURN_MS
+
+
+@pytest.mark.parametrize("count", [1, 37, 10_000])
+@pytest.mark.parametrize("jitter", [0.0, 0.999])
+def test_the_time_in_which_they_come_back_grows_with_their_number(count: int, jitter: float) -> None:
+    times = [return_ms(place + jitter) for place in range(count)]
+    assert times == sorted(times)
+    assert times[-1] < FIRST_RETURN_MS + count * 1000 / RETURNS_A_SECOND
+
+
+def test_in_no_tenth_of_a_second_come_more_than_its_share() -> None:
+    random = Random(1)
+    tenths = Counter(return_ms(place + random.random()) // 100 for place in range(5000))
+    assert max(tenths.values()) <= RETURNS_A_SECOND / 10 + 1

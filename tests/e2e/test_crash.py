@@ -51,6 +51,10 @@ class Publisher(threading.Thread):
             self.refused += 1
             time.sleep(0.02)
             return None
+        if answer.status_code == 503 and answer.json()["error_type"] == "system_error":  # it is draining
+            self.refused += 1
+            time.sleep(0.02)
+            return None
         assert answer.status_code == 202, answer.text
         body: dict[str, Any] = answer.json()
         time.sleep(0.002)  # some hundred messages a second are enough

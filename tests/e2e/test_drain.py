@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.e2e.clients import CurlSSE, EventSource, NodeWebSocket, WebSocket
 from tests.e2e.conftest import Make
 from tests.e2e.servers import PUPPET, Server, wait_until
 from tests.e2e.test_crash import all_answers, lines, publishers
+from tests.e2e.test_disk import locked
 
 
 def test_clients_are_told_and_come_back(server: Server) -> None:
@@ -173,3 +176,26 @@ def test_a_client_that_never_reads_does_not_hold_up_the_end(server: Server) -> N
         server.terminate()
         assert server.wait_exit() == 0
         assert time.monotonic() - began < 15
+
+
+def test_what_is_queued_is_stored_and_delivered_before_anybody_is_sent_away(server: Server) -> None:
+    """The last commit cannot be made yet: somebody else holds the database's lock."""
+    answers: list[httpx.Response] = []
+    with WebSocket(f"{server.ws_url}/ws/alice") as client:
+        assert client.welcome
+        with locked(server):
+            publisher = threading.Thread(target=lambda: answers.append(server.publish("alice", "the last")))
+            publisher.start()
+            health = "/health/detailed"
+            wait_until(lambda: server.http.get(health).json()["components"]["dispatcher"]["queued"], "it is queued")
+            server.terminate()
+            server.wait_logged("Draining")
+            # Longer than the drain waits for answers, shorter than SQLite waits for the lock.
+            time.sleep(1.3)
+            assert not client.ended
+        client.wait_ended()
+        publisher.join()
+    stored = answers[0].status_code == 202
+    told = [m.get("content", m["type"]) for m in client.messages if "seq" in m or m["type"] == "disconnect"]
+    assert [text for text in told if text in ("the last", "disconnect")] == ["the last"] * stored + ["disconnect"]
+    assert server.wait_exit() == 0

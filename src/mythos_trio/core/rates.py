@@ -1,10 +1,27 @@
-"""Token buckets (contract, section 7): a burst of *count*, refilled over *seconds*."""
+"""Rates: token buckets (contract, section 7), a burst of *count*, refilled over *seconds*; and how clients that were
+sent away by a restart come back."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Final
 
 from attrs import define
+
+# A restart takes about this long; who comes back sooner finds nobody, or waits in the kernel's queue, and all of these
+# would then be let in at once.
+FIRST_RETURN_MS: Final = 1000
+# Half of the connections a second that one processor lets in, so that the other half is left for those who play.
+RETURNS_A_SECOND: Final = 500
+
+
+def return_ms(place: float) -> int:
+    """When a client comes back after a restart, in milliseconds from now (``retry_ms``).
+
+    Each has a place in the queue of those that were sent away: 0, 1, 2, …, plus a random part below 1. So they come
+    back evenly, over a time that grows with their number, and not all at once.
+    """
+    return FIRST_RETURN_MS + int(place * 1000 / RETURNS_A_SECOND)
 
 
 @define
