@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any, cast
 
@@ -579,6 +580,21 @@ def test_machine_tells_true_figures(tmp_path: Path) -> None:
     disk = machine.disk(tmp_path / "not" / "there.db")
     assert disk.path == str(tmp_path)
     assert 0 < disk.free_bytes <= disk.total_bytes
+
+
+def test_machine_without_file_descriptors_tells_what_it_knew() -> None:
+    """The health checker and the monitoring pages ask, and a server that is short of descriptors must not end of it."""
+    machine = Machine()
+    known = machine.memory(), machine.cpu_percent(), machine.open_files()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        machine._cpu_at -= 60
+        told = machine.memory(), machine.cpu_percent(), machine.open_files()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert told == known
+    assert machine.open_files() > 0
 
 
 def make_cgroup(path: Path, limit: str, current: int, inactive: int) -> Path:

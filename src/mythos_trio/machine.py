@@ -1,12 +1,15 @@
 """What the process and its machine use: memory, processor, files, disk.
 
-Everything here answers at once (it reads ``/proc``, and asks the file system about itself).
+Everything here answers at once (it reads ``/proc``, and asks the file system about itself). Reading takes a
+file descriptor; as long as none is free the newest figures that could be had are told again, so that a
+server without descriptors does not end because it looks after itself.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -45,8 +48,15 @@ class Machine:
         self._cgroup = cgroup
         self._cpu_percent = self._process.cpu_percent(None)
         self._cpu_at = time.monotonic()
+        self._memory = self._read_memory()
+        self._open_files = self._count_files()
 
     def memory(self) -> Memory:
+        with suppress(OSError):
+            self._memory = self._read_memory()
+        return self._memory
+
+    def _read_memory(self) -> Memory:
         machine = psutil.virtual_memory()
         rss = self._process.memory_info().rss
         limit = container_memory(self._cgroup)
@@ -58,12 +68,18 @@ class Machine:
         """Of one processor, over the time since the last question, at least `CPU_SECONDS`."""
         now = time.monotonic()
         if now - self._cpu_at >= CPU_SECONDS:
-            self._cpu_percent = self._process.cpu_percent(None)
-            self._cpu_at = now
+            with suppress(OSError):
+                self._cpu_percent = self._process.cpu_percent(None)
+                self._cpu_at = now
         return self._cpu_percent
 
     def open_files(self) -> int:
         """Open file descriptors; on systems that do not tell, 0."""
+        with suppress(OSError):
+            self._open_files = self._count_files()
+        return self._open_files
+
+    def _count_files(self) -> int:
         return self._process.num_fds() if hasattr(self._process, "num_fds") else 0
 
     def disk(self, path: Path) -> Disk:
