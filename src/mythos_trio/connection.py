@@ -116,6 +116,7 @@ class Connection:
         self._replies: deque[PendingReply] = deque()
         self._reply_room = trio.Event()
         self._pong: bytes | None = None
+        self._ping_answer: bytes | None = None
         self._heartbeat = False
         self._busy = False
         self._ping = False
@@ -272,6 +273,11 @@ class Connection:
         self._pong = payload
         self.pump()
 
+    def answer_ping(self, payload: bytes) -> None:
+        """The client has sent a ping frame. Of several that wait the newest is answered (RFC 6455, section 5.5.3)."""
+        self._ping_answer = wire.pong_frame(payload)
+        self.pump()
+
     def offer_reply(self, command_id: str | None, answer: bytes, position: int | None) -> None:
         """Queue a reply for its place. It is never dropped while the connection lives."""
         self._replies.append(PendingReply(command_id, answer, position))
@@ -292,7 +298,7 @@ class Connection:
             log is not None
             and self._index is not None
             and self._index == log.head - 1
-            and not (self._first or self._replies or self._heartbeat or self._pong or self._ping)
+            and not (self._first or self._replies or self._heartbeat or self._pong or self._ping or self._ping_answer)
         ):
             message = log.read(self._index, CHUNK_BYTES)[0]
             if self.link.try_send(self.framing.message(message, self.hub.epoch)):
@@ -360,6 +366,8 @@ class Connection:
             parts.append(self.framing.control(self._pong))
         if self._heartbeat:
             parts.append(self.framing.control(wire.control("heartbeat", position=position), position))
+        if self._ping_answer is not None:
+            parts.append(self._ping_answer)
         if self._ping:
             parts.append(wire.PING)
         return b"".join(parts)
@@ -390,7 +398,7 @@ class Connection:
             self._replies.popleft()
         self._reply_room.set()
         self._first = []
-        self._pong = None
+        self._pong = self._ping_answer = None
         if self._heartbeat and self.transport == "sse" and not self.liveness.waiting:
             self.liveness.probed(trio.current_time())
         self._heartbeat = False

@@ -5,8 +5,6 @@ What the client says comes by POST (`mythos_trio.posts`). Reading only finds out
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 from mythos_trio import http1
@@ -41,10 +39,9 @@ class SSETransport:
         self._clock = clock
         self._server_id = server_id
 
-    @asynccontextmanager
-    async def open(self, link: Link, head: Head) -> AsyncIterator[SSEChannel]:
+    async def open(self, link: Link, head: Head) -> SSEChannel:
         await link.send_all(self._head(head))
-        yield SSEChannel()
+        return SSEChannel()
 
     def _head(self, head: Head) -> bytes:
         """The answer's head. No length and no chunks: the stream ends with the connection (RFC 9112,

@@ -7,7 +7,6 @@ outlive it by a moment, the wait for the peer to take the last words, is done in
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
@@ -55,7 +54,7 @@ PROBE_RETRY_MS: Final = 2000
 
 
 class Channel(Protocol):
-    """An accepted connection of one transport, as a context: inside, its tasks run."""
+    """An accepted connection of one transport."""
 
     async def read(self, connection: Connection) -> None:
         """Take what the client says, until it leaves."""
@@ -75,7 +74,7 @@ class Transport(Protocol):
     @property
     def framing(self) -> Framing: ...
 
-    def open(self, link: Link, head: Head) -> AbstractAsyncContextManager[Channel]:
+    async def open(self, link: Link, head: Head) -> Channel:
         """Accept the connection."""
         ...
 
@@ -262,12 +261,12 @@ class Streams:
                     return
                 arrival.answering = True
                 try:
-                    async with arrival.transport.open(link, arrival.head) as channel:
-                        opened = True
-                        with trio.fail_after(OPEN_SECONDS):
-                            await self._begin(connection, session, arrival)
-                        arrival.over.set()
-                        await self._read(channel, connection)
+                    channel = await arrival.transport.open(link, arrival.head)
+                    opened = True
+                    with trio.fail_after(OPEN_SECONDS):
+                        await self._begin(connection, session, arrival)
+                    arrival.over.set()
+                    await self._read(channel, connection)
                 except* (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
                     pass
                 except* StartOver:

@@ -3,8 +3,20 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from wsproto.frame_protocol import FrameProtocol, Opcode
 
-from mythos_trio.core.frames import Binary, Closing, Event, FrameScanner, Pong, TooBig
+from mythos_trio.core import frames
+from mythos_trio.core.frames import (
+    Binary,
+    Closing,
+    Event,
+    FrameScanner,
+    Pong,
+    TooBig,
+    Unusual,
+    closing_words,
+    take_frame,
+)
 
 TEXT, BINARY, CONTINUATION, CLOSE, PING, PONG = 1, 2, 0, 8, 9, 10
 
@@ -123,3 +135,88 @@ def test_any_bytes_are_taken_with_bounded_memory(data: bytes, pieces: int) -> No
         scanner.feed(data[at : at + pieces])
         assert len(scanner._header) <= 14
         assert scanner._payload is None or len(scanner._payload) <= 125
+
+
+# Frames that are taken whole.
+
+MOST = 300
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([TEXT, PING, PONG]), st.text(max_size=60)), max_size=6),
+    st.binary(min_size=4, max_size=4),
+    st.integers(1, 200),
+)
+def test_what_is_taken_is_what_wsproto_reads(said: list[tuple[int, str]], mask: bytes, piece: int) -> None:
+    whole = b"".join(frame(opcode, text.encode()[:125], mask=mask) for opcode, text in said)
+    taken, data, at = [], b"", 0
+    for begin in range(0, len(whole), piece):
+        data += whole[begin : begin + piece]
+        while (one := take_frame(data, at, MOST)) is not None:
+            taken.append((one[0], one[1]))
+            at = one[2]
+    reader = FrameProtocol(client=False, extensions=[])
+    kinds = {Opcode.TEXT: frames.TEXT, Opcode.PING: frames.PING, Opcode.PONG: frames.PONG}
+    expected = []
+    for opcode, text in said:  # one by one: wsproto refuses text that was cut within a character
+        payload = text.encode()[:125]
+        if opcode == TEXT and payload.decode(errors="ignore").encode() != payload:
+            expected.append((frames.TEXT, payload))
+            continue
+        reader.receive_bytes(frame(opcode, payload, mask=mask))
+        for event in reader.received_frames():
+            assert not isinstance(event.payload, tuple)  # only a close frame's is
+            content = event.payload.encode() if isinstance(event.payload, str) else bytes(event.payload)
+            expected.append((kinds[event.opcode], content))
+    assert taken == expected
+    assert at == len(whole)
+
+
+def test_a_frame_that_is_not_whole_is_waited_for() -> None:
+    for text in (b"", b"short", b"x" * 126, b"x" * MOST):
+        data = frame(TEXT, text)
+        assert [take_frame(data[:size], 0, MOST) for size in range(len(data))] == [None] * len(data)
+        assert take_frame(data + b"\x81", 0, MOST) == (frames.TEXT, text, len(data))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        frame(TEXT, b"a part", fin=False),
+        frame(CONTINUATION, b"the rest"),
+        frame(BINARY, b"bytes"),
+        frame(3, b"reserved"),
+        b"\xc1" + frame(TEXT, b"compressed")[1:],
+        frame(TEXT, bytes(MOST + 1)),
+        frame(TEXT, bytes(70_000)),
+        frame(PING, bytes(126)),
+        frame(CLOSE, fin=False),
+        b"\x81\x02hi",  # without a mask
+        b"\x81\xfe\x00\x05maskhello",  # a length in more bytes than it needs
+    ],
+)
+def test_what_is_not_ordinary_is_not_taken(data: bytes) -> None:
+    with pytest.raises(Unusual):
+        take_frame(data, 0, MOST)
+
+
+@pytest.mark.parametrize(
+    ("payload", "words"),
+    [
+        (b"", (1005, "")),
+        (b"\x03\xe8", (1000, "")),
+        (b"\x03\xe9bye", (1001, "bye")),
+        (b"\x0f\xa0", (4000, "")),
+        ("\u00e9".encode().join([b"\x03\xf4", b""]), (1012, "é")),
+    ],
+)
+def test_closing_words(payload: bytes, words: tuple[int, str]) -> None:
+    assert closing_words(payload) == words
+
+
+@pytest.mark.parametrize(
+    "payload", [b"\x03", b"\x00\x00", b"\x03\xed", b"\x03\xee", b"\x03\xf7", b"\x13\x88", b"\x03\xe8\xff"]
+)
+def test_malformed_closing_words(payload: bytes) -> None:
+    with pytest.raises(Unusual):
+        closing_words(payload)

@@ -143,6 +143,7 @@ class SSEFraming:
         return sse_event(payload, None, retry_ms)
 
 
+EMPTY_CLOSE: Final = b"\x88\x00"
 WEBSOCKET: Final = WebSocketFraming()
 SSE: Final = SSEFraming()
 
@@ -192,6 +193,11 @@ def text_frame(payload: bytes) -> bytes:
     if size < 65536:
         return b"\x81\x7e" + size.to_bytes(2, "big") + payload
     return b"\x81\x7f" + size.to_bytes(8, "big") + payload
+
+
+def pong_frame(payload: bytes) -> bytes:
+    """The answer to a ping with *payload* (RFC 6455, section 5.5.3)."""
+    return b"\x8a%c%b" % (len(payload), payload)
 
 
 def close_frame(code: int, reason: str) -> bytes:

@@ -1,0 +1,93 @@
+"""What clients say over a WebSocket: ordinary frames are taken by us, all else by trio-websocket."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from trio.testing import MockClock
+from wsproto.events import CloseConnection, Ping, Pong, TextMessage
+from wsproto.frame_protocol import CloseReason
+
+from tests.support.games import Puppet
+from tests.support.play import WebSocketClient, play
+
+
+def ping(number: int) -> str:
+    return json.dumps({"type": "ping", "id": f"p{number}"})
+
+
+def parts(client: WebSocketClient, text: str) -> bytes:
+    """*text* as a message of two frames."""
+    return client.protocol.send(TextMessage(data=text[:5], message_finished=False)) + client.protocol.send(
+        TextMessage(data=text[5:])
+    )
+
+
+async def pong_frame(client: WebSocketClient) -> bytes:
+    """The payload of the next pong frame; other events are left out."""
+    while not isinstance(event := await client._event(), Pong):
+        pass
+    return bytes(event.payload)
+
+
+async def test_ordinary_and_other_frames_in_one_piece(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with play(tmp_path / "m.db", game=Puppet()) as world:
+        ann = await world.websocket("ann")
+        send = ann.protocol.send
+        large = json.dumps({"type": "ping", "id": "large", "padding": "x" * 20_000})
+        data = [send(TextMessage(data=ping(1))), send(TextMessage(data=ping(2))), parts(ann, ping(3))]
+        data += [send(TextMessage(data=ping(4))), send(TextMessage(data=large)), parts(ann, ping(5))]
+        for byte_count in (1, 3000):
+            whole = b"".join(data)
+            for at in range(0, len(whole), byte_count):
+                await ann.send_all(whole[at : at + byte_count])
+            for expected in ("p1", "p2", "p3", "p4", None, "p5"):
+                answer = await ann.until(lambda m: m["type"] in ("pong", "reply"))
+                assert answer.get("id") == (expected or "large")
+                assert answer["type"] == ("pong" if expected else "reply")  # a ping has no padding
+        await ann.send_all(send(Ping(payload=b"after")))
+        assert await pong_frame(ann) == b"after"
+
+
+async def test_a_ping_frame_is_answered_and_the_newest_of_those_that_had_to_wait(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with play(tmp_path / "m.db", game=Puppet()) as world:
+        ann = await world.websocket("ann")
+        await ann.next()
+        await ann.send_all(ann.protocol.send(Ping(payload=b"one")))
+        assert await pong_frame(ann) == b"one"
+        connection = next(iter(world.server.hub.connections.values()))
+        for number in range(60):  # more than the sockets hold
+            await world.publish(player_id="ann", message={"type": "line", "content": f"{number}" + "x" * 5000})
+        assert connection.link.unsent
+        for number in range(20):
+            await ann.send_all(ann.protocol.send(Ping(payload=b"%d" % number)))
+        heard: list[bytes] = []
+        while not heard or heard[-1] != b"19":
+            heard.append(await pong_frame(ann))
+        assert heard == [b"19"]
+        assert connection.over is None
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 4000])
+async def test_a_close_frame_is_answered_with_its_code(tmp_path: Path, autojump_clock: MockClock, code: int) -> None:
+    async with play(tmp_path / "m.db", game=Puppet()) as world:
+        ann = await world.websocket("ann")
+        await ann.next()
+        await ann.send_all(ann.protocol.send(CloseConnection(code=code, reason="bye")))
+        while not isinstance(event := await ann._event(), CloseConnection):
+            pass
+        assert event.code == code
+
+
+async def test_a_close_frame_without_a_code(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with play(tmp_path / "m.db", game=Puppet()) as world:
+        ann = await world.websocket("ann")
+        await ann.next()
+        await ann.send_all(b"\x88\x80mask")
+        while not isinstance(event := await ann._event(), CloseConnection):
+            pass
+        assert event.code == CloseReason.NO_STATUS_RCVD
