@@ -52,7 +52,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """mypy, strict, on the code and its tests."""
-    install(session, "types", "test")
+    install(session, "types", "test", "bench")
     session.run("mypy", *session.posargs)
 
 
@@ -85,6 +85,27 @@ def e2e(session: nox.Session) -> None:
             session.error(f"{program} is needed for the end-to-end tests: apt-get install nodejs npm curl")
     modules = npm_install(session)
     session.run("pytest", "tests/e2e", *session.posargs, env={"MYTHOS_NODE_MODULES": str(modules)})
+
+
+@nox.session
+def bench_quick(session: nox.Session) -> None:
+    """The bench in a minute, without thresholds, so that it cannot rot. Needs a C compiler and Node."""
+    run_bench(session, "--quick", *session.posargs)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """The server beside FastAPI and others: docs/performance.rst. ``nox -s bench -- --help`` names the options."""
+    run_bench(session, *session.posargs)
+
+
+def run_bench(session: nox.Session, *arguments: str) -> None:
+    install(session, "test", "bench")
+    for program in ("cc", "node", "npm"):
+        if shutil.which(program) is None:
+            session.error(f"{program} is needed for the bench: apt-get install gcc libc6-dev nodejs npm")
+    environment = {"MYTHOS_NODE_MODULES": str(npm_install(session))}
+    session.run("python", "-m", "tests.bench", *arguments, env=environment)
 
 
 @nox.session(default=False)
