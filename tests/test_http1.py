@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
 
 import h11
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
+from mythos_trio import http1
 from mythos_trio.core.errors import ErrorType, Refusal, busy
 from mythos_trio.http1 import (
     MAX_HEAD,
@@ -24,6 +26,8 @@ from mythos_trio.http1 import (
 )
 from mythos_trio.link import Link
 from tests.support.memory_net import MemoryStream, wire_pair
+
+T = TypeVar("T")
 
 
 def raw(line: str = "GET / HTTP/1.1", *headers: str, host: str | None = "localhost") -> bytes:
@@ -184,8 +188,12 @@ def test_bytes_that_no_target_has(byte: int) -> None:
 
 def outcome(data: bytes) -> Head | int:
     """The head, or the status of the refusal: nothing else may come of any bytes."""
+    return outcome_of(parse_head, data)
+
+
+def outcome_of(parse: Callable[[bytes], T], data: bytes) -> T | int:
     try:
-        return parse_head(data)
+        return parse(data)
     except HttpRefusal as refusal:
         return refusal.status
 
@@ -193,6 +201,37 @@ def outcome(data: bytes) -> Head | int:
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_head_or_refused(data: bytes) -> None:
     assert isinstance(outcome(data + b"\r\n\r\n"), Head) or outcome(data + b"\r\n\r\n") in (400, 431, 501, 505)
+
+
+_names = st.sampled_from(["Host", "host", "Content-Length", "content-length", "Connection", "Transfer-Encoding", "X-A"])
+_values = st.one_of(
+    st.sampled_from(
+        ["localhost", "a, b", "12", "+12", "1 2", "", " 12", "12 ", "close", "chunked", "\t7", "caf\xe9", "1" * 30]
+    ),
+    st.text(st.characters(min_codepoint=1, max_codepoint=0xFF), max_size=6),
+)
+
+
+@given(
+    st.sampled_from(["GET", "POST", "get", "PROPFINDX", ""]),
+    st.sampled_from(["/", "/a?b=c", "/%41", "*", "http://localhost/x", "/a b", "/#", "/api/messages"]),
+    st.sampled_from(["HTTP/1.1", "HTTP/1.0", "HTTP/2.0"]),
+    st.lists(st.tuples(_names, st.sampled_from([":", ": ", ":  ", " :", ":\t"]), _values), max_size=5),
+    st.sampled_from(["\r\n", "\n"]),
+)
+def test_a_plain_head_is_what_h11_reads(
+    method: str, target: str, version: str, headers: list[tuple[str, str, str]], end: str
+) -> None:
+    lines = [f"{method} {target} {version}", "Host: localhost", *("".join(header) for header in headers), "", ""]
+    for data in (end.join(lines).encode("latin-1"), end.join([lines[0], *lines[2:]]).encode("latin-1")):
+        plain = outcome_of(http1._parse_plain, data)
+        assert plain is None or plain == outcome_of(http1._parse_strictly, data)
+
+
+def test_what_clients_send_is_plain() -> None:
+    lines = ["POST /api/messages HTTP/1.1", "Content-Length: 2", "Accept: */*", "Content-Type: application/json"]
+    assert http1._parse_plain(raw(*lines)) is not None
+    assert http1._parse_plain(raw("GET /ws/a?position=1-2 HTTP/1.1", "User-Agent: a b (c; d)")) is not None
 
 
 @given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=60))
@@ -265,25 +304,26 @@ async def test_nothing_at_all_is_no_request(ends: Ends, autojump_clock: MockCloc
     client, link = ends
     assert await read_head(link, timeout=10) is None
     assert trio.current_time() == pytest.approx(10, abs=1e-6)
-    assert await read_head(link, timeout=10, idle=75) is None
-    assert trio.current_time() == pytest.approx(85, abs=1e-6)
     await client.send_eof()
     assert await read_head(link, timeout=10) is None
 
 
-async def test_after_idling_a_head_has_its_own_deadline(ends: Ends, autojump_clock: MockClock) -> None:
-    client, link = ends
-
-    async def send() -> None:
-        await trio.sleep(70)
-        await client.send_all(b"GET / HT")
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(send)
-        with pytest.raises(HttpRefusal) as caught:
-            await read_head(link, timeout=10, idle=75)
+async def test_what_has_begun_has_its_own_deadline(ends: Ends, autojump_clock: MockClock) -> None:
+    _, link = ends
+    await trio.sleep(70)
+    with pytest.raises(HttpRefusal) as caught:
+        await read_head(link, timeout=10, begun=b"GET / HT")
     assert caught.value.status == 408
     assert trio.current_time() == pytest.approx(80, abs=1e-6)
+
+
+async def test_what_follows_a_head_is_received_next(ends: Ends, autojump_clock: MockClock) -> None:
+    client, link = ends
+    head = await read_head(link, timeout=10, begun=raw("POST / HTTP/1.1", "Content-Length: 6") + b"abcd")
+    assert head is not None
+    await client.send_all(b"efgh")
+    assert await read_body(link, head, limit=100, timeout=10) == b"abcdef"
+    assert await link.receive_some() == b"gh"
 
 
 @pytest.mark.parametrize(

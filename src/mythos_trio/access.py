@@ -13,6 +13,7 @@ import ipaddress
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
@@ -34,6 +35,10 @@ LEEWAY: Final = 60.0
 # Addresses and origins that have been warned about. Beyond it there are no further warnings: the
 # refusals themselves are still logged by who is refusing.
 MAX_WARNED: Final = 1024
+# The same few addresses and host names come with each request: what these many of the newest ones mean is known.
+# Longer texts are not kept (no address has more characters, with its zone), so that this has a bound in bytes too.
+REMEMBERED: Final = 1024
+SHORT: Final = 64
 # How much of a path is logged.
 SHOWN: Final = 200
 
@@ -170,7 +175,16 @@ class _Place:
     port: int | None
 
 
+def _is_forwarding(name: str) -> bool:
+    return name.startswith(("x-", "forwarded", "via")) and _FORWARDING.fullmatch(name) is not None
+
+
 def _parse_host(text: str) -> _Place | None:
+    return _parse_place(text) if len(text) <= SHORT else _parse_place.__wrapped__(text)
+
+
+@lru_cache(REMEMBERED)
+def _parse_place(text: str) -> _Place | None:
     match = _HOST.fullmatch(text.strip())
     if match is None:
         return None
@@ -204,7 +218,7 @@ class Access:
 
     def _visitor(self, head: RequestHead, peer: str) -> Visitor:
         trusted = self._is_trusted(peer)
-        forwarding = sorted({name for name, _ in head.headers if _FORWARDING.fullmatch(name)})
+        forwarding = sorted({name for name, _ in head.headers if _is_forwarding(name)})
         if forwarding and not trusted:
             self._warn_once(
                 peer,
@@ -491,6 +505,11 @@ def _parse_hop(text: str) -> str | None:
 
 
 def _parse_address(text: str) -> Address | None:
+    return _parse_ip(text) if len(text) <= SHORT else None
+
+
+@lru_cache(REMEMBERED)
+def _parse_ip(text: str) -> Address | None:
     try:
         address = ipaddress.ip_address(text)
     except ValueError:

@@ -20,7 +20,7 @@ from attrs import define, field, frozen
 from mythos_trio import logs
 from mythos_trio.core import names
 from mythos_trio.core.errors import BUSY, FAULT, ErrorType, Refusal
-from mythos_trio.http1 import Head, HttpRefusal, read_head, refuse, refused, response
+from mythos_trio.http1 import MAX_HEAD, Head, HttpRefusal, read_head, refuse, refused, response
 from mythos_trio.link import Link
 from mythos_trio.net import Listener, Wire
 
@@ -324,7 +324,7 @@ class Front:
     async def _first_head(self, link: Link, handshake: _Handshake) -> Head | None:
         """The first request's head. None: there is none, or it was refused."""
         with handshake.scope:
-            head = await self._read_head(link, idle=None)
+            head = await self._read_head(link)
             self._end_handshake(handshake)
             return head
         link.reset(BUSY, by="server")  # it has to make room
@@ -334,17 +334,21 @@ class Front:
         """The head of another request on the same connection. None: there is none, or it was refused."""
         if self._draining:
             return None
-        with trio.CancelScope() as scope:
+        begun = b""
+        with trio.CancelScope(deadline=trio.current_time() + IDLE_SECONDS) as scope:
             self._idle[scope] = link, link.received_bytes
             try:
-                return await self._read_head(link, idle=IDLE_SECONDS)
+                begun = await link.receive_some(MAX_HEAD)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                return None  # the client has gone
             finally:
                 del self._idle[scope]
-        return None  # draining
+        # Nothing: it has been idle for too long, the server is draining, or the client has left.
+        return await self._read_head(link, begun) if begun else None
 
-    async def _read_head(self, link: Link, *, idle: float | None) -> Head | None:
+    async def _read_head(self, link: Link, begun: bytes = b"") -> Head | None:
         try:
-            return await read_head(link, timeout=HEAD_SECONDS, idle=idle)
+            return await read_head(link, timeout=HEAD_SECONDS, begun=begun)
         except Refusal as refusal:
             await self._refuse(link, refusal, None)
         except (trio.BrokenResourceError, trio.ClosedResourceError):

@@ -1,8 +1,9 @@
 """HTTP/1.1 as the front door speaks it: request heads, bodies, answers.
 
 h11 parses, so the front door is as strict as h11, and stricter where two readers of the same bytes
-could disagree (two lengths, a length and chunks, folded lines). Hypercorn, which gets the heads that
-the front door does not answer itself, uses h11 too.
+could disagree (two lengths, a length and chunks, folded lines). A head of the plain kind that nearly all clients
+send is known by one expression (`_PLAIN`) and needs no h11, which takes ten times as long. Hypercorn, which gets
+the heads that the front door does not answer itself, uses h11 too.
 """
 
 from __future__ import annotations
@@ -36,7 +37,14 @@ _END: Final = re.compile(rb"\n\r?\n")
 _FOLDED: Final = re.compile(rb"\n[ \t]")
 _LENGTHS: Final = re.compile(rb"(?im)^content-length:(.*)$")
 _BAD_PERCENT: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_SIMPLE_TARGET: Final = re.compile(r"/[A-Za-z0-9/._~:@-]*")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
+# A head that h11 would read as it stands: printable ASCII, a space at most behind the colon, nothing empty or folded.
+_PLAIN: Final = re.compile(
+    rb"([A-Z]{3,7}) (/[!-~]*) HTTP/1\.1\r\n"
+    rb"((?:[A-Za-z0-9_-]+: ?[!-~](?:[ -~]*[!-~])?\r\n)+)\r\n"
+)
+_DIGITS: Final = re.compile(r"[0-9]{1,15}")
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 # What a chunked body may be longer than its content, in all: tiny chunks are work for nothing.
 _CHUNK_OVERHEAD: Final = 16 * 1024
@@ -81,7 +89,9 @@ class Head:
     @property
     def keep_alive(self) -> bool:
         """Whether the client will send another request on the same connection."""
-        return self.version == "1.1" and "close" not in self.tokens("connection")
+        if self.version != "1.1":
+            return False
+        return "connection" not in self._values or "close" not in self.tokens("connection")
 
     @property
     def chunked(self) -> bool:
@@ -106,22 +116,24 @@ class Head:
         return self.raw.replace(b" " + target + b" ", b" " + origin + b" ", 1)
 
 
-async def read_head(link: Link, *, limit: int = MAX_HEAD, timeout: float, idle: float | None = None) -> Head | None:
+async def read_head(link: Link, *, limit: int = MAX_HEAD, timeout: float, begun: bytes = b"") -> Head | None:
     """Read a request's head, leaving what follows it to be received.
 
-    *timeout* seconds for all of it; with *idle*, those seconds for the first byte and then *timeout*
-    for the rest. None: nothing came, or the end. Refusal: with the status to be answered.
+    *begun* has been received already. *timeout* seconds for the rest. None: nothing came, or the end. Refusal: with
+    the status to be answered.
     """
-    data = bytearray()
-    with trio.move_on_after(timeout if idle is None else idle) as scope:
+    end = _find_end(begun, limit)
+    if end is not None:  # as nearly always: it comes in one piece
+        link.push_back(begun[end:])
+        return parse_head(begun[:end])
+    data = bytearray(begun)
+    with trio.move_on_after(timeout) as scope:
         while (end := _find_end(data, limit)) is None:
             more = await link.receive_some(limit)
             if not more and not data:
                 return None
             if not more:
                 raise HttpRefusal(400, "the request head is incomplete")
-            if not data and idle is not None:
-                scope.deadline = trio.current_time() + timeout
             data += more
     if scope.cancelled_caught:
         if not data:
@@ -131,7 +143,7 @@ async def read_head(link: Link, *, limit: int = MAX_HEAD, timeout: float, idle: 
     return parse_head(bytes(data[:end]))
 
 
-def _find_end(data: bytearray, limit: int) -> int | None:
+def _find_end(data: bytes | bytearray, limit: int) -> int | None:
     """Where the head ends, None if that has not come yet. Refusal if it never will."""
     if not data:
         return None
@@ -149,6 +161,37 @@ def _find_end(data: bytearray, limit: int) -> int | None:
 
 def parse_head(raw: bytes) -> Head:
     """Parse a complete head. Refusal: 400, 431, 501, 505."""
+    return _parse_plain(raw) or _parse_strictly(raw)
+
+
+def _parse_plain(raw: bytes) -> Head | None:
+    """*raw* parsed, if it is a head of the plain kind, without anything that has to be judged."""
+    match = _PLAIN.fullmatch(raw)
+    if match is None:
+        return None
+    headers = []
+    values: dict[str, str] = {}
+    for line in match[3].decode("ascii").split("\r\n")[:-1]:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.lstrip(" ")
+        headers.append((name, value))
+        values[name] = f"{values[name]}, {value}" if name in values else value
+    length = values.get("content-length")
+    host = values.get("host")
+    if (
+        host is None
+        or "," in host  # there are two of them, or it is no host
+        or (length is not None and not _DIGITS.fullmatch(length))
+        or "transfer-encoding" in values
+        or len(headers) > MAX_HEADERS
+    ):
+        return None
+    method, target = match[1].decode(), match[2].decode()
+    path, query = _parse_target(method, target, host)
+    return Head(method, target, path, query, tuple(headers), "1.1", raw, values)
+
+
+def _parse_strictly(raw: bytes) -> Head:
     if _FOLDED.search(raw):
         raise HttpRefusal(400, "a header line begins with white space")
     lengths = _LENGTHS.findall(raw)
@@ -186,6 +229,8 @@ def _parse(raw: bytes) -> h11.Request:
 
 def _parse_target(method: str, target: str, host: str) -> tuple[str, dict[str, str]]:
     """The decoded path and query of a target in any of its forms (RFC 9112, section 3.2)."""
+    if _SIMPLE_TARGET.fullmatch(target):
+        return target, {}
     if target == "*" and method == "OPTIONS":
         return "*", {}
     if "#" in target or _BAD_PERCENT.search(target):
@@ -238,6 +283,8 @@ async def read_body(link: Link, head: Head, *, limit: int, timeout: float) -> by
     if (head.content_length or 0) > limit:
         raise _too_big(limit)
     _check_expect(head)
+    if head.content_length is not None and (whole := link.take(head.content_length)) is not None:
+        return whole
     body = b""
     with trio.move_on_after(timeout) as scope:
         if head.header("expect") and head.version == "1.1" and not link.unread():

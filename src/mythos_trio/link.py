@@ -297,6 +297,16 @@ class Link(trio.abc.HalfCloseableStream):
         if data:
             self._pushed.appendleft(data)
 
+    def take(self, size: int) -> bytes | None:
+        """The next *size* bytes, if they have been received already and were pushed back; else None."""
+        if size == 0:
+            return b""
+        if not self._pushed or len(self._pushed[0]) < size:
+            return None
+        data = self._pushed.popleft()
+        self.push_back(data[size:])
+        return data[:size]
+
     # What is known of the peer.
 
     def unacknowledged(self) -> int | None:
