@@ -78,6 +78,7 @@ publishes = st.builds(
     id=st.sampled_from(("none", "new", "again", "other")),
     key=st.sampled_from((None, None, None, 0, 1, 2)),
     lost=st.sampled_from((None, None, None, 0, 2, 5)),
+    bar=st.booleans(),
 )
 waits = st.builds(Wait, st.sampled_from((0.01, 1.0, 4.9, 5.1, 12.0, 12.0, 80.0)))
 restarts = st.builds(Restart, st.sampled_from(("drain", "crash", "crash", "power")))

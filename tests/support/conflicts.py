@@ -587,8 +587,12 @@ class Simulation:
         if player in self.unsure:
             return
         history = self.history
-        for fact in history.stream(history.sessions[player, session_id]):
+        replaced: set[tuple[str, str]] = set()  # keys of which something newer has come
+        for fact in reversed(history.stream(history.sessions[player, session_id])):
             honest = fact.id in self.got[player] or fact.seq in history.removed or fact.seq <= self.claimed[player]
+            honest = honest or fact.key in replaced
+            if fact.key is not None and fact.id in self.got[player]:
+                replaced.add(fact.key)
             require(fact.seq > seen or honest, "what is seen has arrived", session=session_id, seen=seen, fact=fact)
 
     def _check_tasks(self) -> None:
@@ -961,12 +965,14 @@ class Subscribe:
 @frozen
 class Publish:
     """*to*: players, channels or ``*``; several are a batch. *id*: none, new, again, other. *key*: an
-    Idempotency-Key, of which there are few. *lost*: the publisher goes away after so many checkpoints."""
+    Idempotency-Key, of which there are few. *lost*: the publisher goes away after so many checkpoints. *bar*:
+    of two of these only the newer matters."""
 
     to: tuple[str, ...]
     id: str = "none"
     key: int | None = None
     lost: int | None = None
+    bar: bool = False
 
     async def play(self, sim: Simulation) -> None:
         body = self._body(sim)
@@ -994,6 +1000,8 @@ class Publish:
             if target != "*":
                 where = {"player_id" if target in PLAYERS else "channel": target}
             message: dict[str, Any] = {"type": "line", "content": next(sim.numbers)}
+            if self.bar:
+                message["replace_key"] = "bar"
             item = where | {"message": message}
             if self.id != "none":
                 message["id"] = f"p{next(sim.numbers)}"

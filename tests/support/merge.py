@@ -82,6 +82,8 @@ class Received:
     _gone: dict[int, set[int]] = field(factory=dict)
     """For the gap at this index of *items*: what retention had taken when it was told."""
     _excused: set[int] = field(factory=set)
+    _owing: dict[tuple[str, str], list[Fact]] = field(factory=dict)
+    """By key: what was skipped since the last message of that key, which a newer one has to say."""
 
     @property
     def welcomed(self) -> bool:
@@ -152,10 +154,27 @@ class Received:
         fact = next((fact for fact in stream if fact.seq == seq), None)
         require(fact is not None, "only the session's own stream comes", connection=self.label, message=item)
         assert fact is not None  # for the type checker: required above
-        rest = {name: value for name, value in item.items() if name != "seq"}
+        rest = {name: value for name, value in item.items() if name not in ("seq", "replaces")}
         require(rest == fact.json, "a message is what was stored", message=item, stored=fact)
-        self._pass_to(seq - 1, stream, item)
+        self._skip_to(seq - 1, stream, item)
+        self._check_replaces(item, fact)
         self.last = seq
+
+    def _check_replaces(self, item: dict[str, Any], fact: Fact) -> None:
+        """It stands for what was skipped of its key: no more, no less. Retention may have taken some meanwhile."""
+        skipped = [] if fact.key is None else self._owing.pop(fact.key, [])
+        surely = [one for one in skipped if one.seq not in self._excused]
+        n = item.get("replaces", 0)
+        require("replaces" not in item or n > 0, "who stands for none does not say so", message=item)
+        require(len(surely) <= n <= len(skipped), "replaces is what was skipped", message=item, skipped=skipped)
+
+    def _skip_to(self, seq: int, stream: list[Fact], by: object) -> None:
+        """As `_pass_to`, but what a newer message may stand for may be still owed."""
+        for fact in stream:
+            if self.last < fact.seq <= seq and fact.key is not None:
+                self._owing.setdefault(fact.key, []).append(fact)
+        self._require_none_lost([f for f in stream if self.last < f.seq <= seq and f.key is None], by)
+        self.last = max(self.last, seq)
 
     def _check_gap(self, index: int, stream: list[Fact]) -> None:
         item = self.items[index]
@@ -180,8 +199,14 @@ class Received:
             self.start = self.last = position
 
     def _pass_to(self, seq: int, stream: list[Fact], by: object) -> None:
-        """Everything up to *seq* has come, or is told to be lost."""
-        lost = [fact for fact in stream if self.last < fact.seq <= seq and fact.seq not in self._excused]
+        """Everything up to *seq* has come, or a newer message that stands for it has, or it is told to be lost."""
+        owing = [fact for facts in self._owing.values() for fact in facts]
+        self._require_none_lost(owing + [fact for fact in stream if self.last < fact.seq <= seq], by)
+        self._owing.clear()
+        self.last = max(self.last, seq)
+
+    def _require_none_lost(self, missing: list[Fact], by: object) -> None:
+        lost = [fact for fact in missing if fact.seq not in self._excused]
         require(
             not lost,
             "nothing is lost silently",
@@ -193,7 +218,6 @@ class Received:
             missing=[(f.seq, f.target, f.json["type"], f.json["content"]) for f in lost],
             removed=[f.seq for f in lost if f.seq in self.history.removed],
         )
-        self.last = max(self.last, seq)
 
     def _check_view(self, stream: list[Fact]) -> None:
         """What came on this connection is in the merged view, or was left out for being old."""
@@ -205,4 +229,12 @@ class Received:
                 told = fact.seq in self._excused or any(
                     after < fact.seq or reason == "future" for after, _, reason in view.gaps
                 )
-                require(told, "the merged view is the stream", connection=self.label, seq=fact.seq, view=view.position)
+                # On whichever connection was first it may have been skipped.
+                replaced = fact.key is not None and any(fact.key == f.key and fact.seq < f.seq for f in stream)
+                require(
+                    told or replaced,
+                    "the merged view is the stream",
+                    connection=self.label,
+                    seq=fact.seq,
+                    view=view.position,
+                )

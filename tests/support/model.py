@@ -35,6 +35,12 @@ class Fact:
     target: str
     json: dict[str, Any]
 
+    @property
+    def key(self) -> tuple[str, str] | None:
+        """What a newer message has to have, too, to stand for this one; None if none may."""
+        said = self.json.get("replace_key")
+        return None if said is None else (self.target, said)
+
 
 @define
 class _Interval:
