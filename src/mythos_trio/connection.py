@@ -43,6 +43,8 @@ CHUNK_BYTES: Final = 65536
 READ_MESSAGES: Final = 256
 # While the store cannot be read a connection that needs it tries again this often.
 RETRY_SECONDS: Final = 1.0
+# Far more than is under way to a client that keeps up, far less than a socket holds for one that does not.
+SLOW_BYTES: Final = 16384
 NOTHING: Final = Batch((), 0)
 
 
@@ -121,7 +123,7 @@ class Connection:
         self._busy = False
         self._ping = False
         self._ping_mark: int | None = None
-        self._sent_bytes = 0
+        self._acknowledged_bytes = 0
 
     # What others may know.
 
@@ -235,16 +237,30 @@ class Connection:
             self.liveness.heard(trio.current_time())
 
     def _alive_by_kernel(self) -> bool:
-        # Who reads slowly, but reads, is not gone: a ping may be minutes behind in its socket. Who
-        # does not read at all is ended by the link's write timeout.
-        progress = self.link.sent_bytes > self._sent_bytes
-        self._sent_bytes = self.link.sent_bytes
-        if self._busy and progress:
+        # Who reads slowly, but reads, is not gone: a ping may be minutes behind in its socket, also
+        # when we have nothing left to write. Its window is closed then, so much is unacknowledged, and each
+        # bit that it reads lets some more be acknowledged. (That something is acknowledged is not enough: a
+        # kernel does so for a program that has stopped, until the window is closed.) Who does not read at
+        # all is ended by the link's write timeout.
+        before = self._acknowledged_bytes
+        self._acknowledged_bytes = self._count_acknowledged()
+        slow = self._busy or (self.link.unacknowledged() or 0) >= SLOW_BYTES
+        if slow and self._acknowledged_bytes > before:
             return True
         if self.transport == "websocket":
             # While it is not read (its replies wait), bytes in the kernel are its life.
             return self.link.unread() > 0
         return self.link.unacknowledged() == 0
+
+    def _count_acknowledged(self) -> int:
+        """Bytes; where the system cannot tell, those that its kernel has taken."""
+        unacknowledged = self.link.unacknowledged()
+        within = 0 if unacknowledged is None else unacknowledged - self.link.unsent
+        return self.link.sent_bytes - within
+
+    def _probed(self) -> None:
+        self.liveness.probed(trio.current_time())
+        self._acknowledged_bytes = self._count_acknowledged()
 
     def probe(self) -> None:
         """Ask for a sign of life: a ping, or on SSE a heartbeat whose bytes must be acknowledged."""
@@ -255,6 +271,9 @@ class Connection:
             # the answer to a later ping with a larger mark.
             self._ping = True
             self.pump()
+        elif not self.liveness.waiting:
+            # The kernel has told of life since the ping, which is still to be answered.
+            self._probed()
 
     def ponged(self, payload: bytes) -> None:
         """A pong has come (the link has parsed it)."""
@@ -400,7 +419,7 @@ class Connection:
         self._first = []
         self._pong = self._ping_answer = None
         if self._heartbeat and self.transport == "sse" and not self.liveness.waiting:
-            self.liveness.probed(trio.current_time())
+            self._probed()
         self._heartbeat = False
         if batch is not None and batch.count:
             if self._chunk:
@@ -416,7 +435,7 @@ class Connection:
         if self._ping:
             self._ping = False
             self._ping_mark = self.written
-            self.liveness.probed(trio.current_time())
+            self._probed()
 
     def _has_written(self, messages: Sequence[Message], upto: int) -> None:
         self._move_to(upto)

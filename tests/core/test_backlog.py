@@ -31,7 +31,10 @@ class Said:
 
 
 said = st.builds(
-    Said, st.sampled_from((None, "hp", "mp")), st.sampled_from(("@ann", "#inn", "#attic", "*")), st.sampled_from((0, 40, 900))
+    Said,
+    st.sampled_from((None, "hp", "mp")),
+    st.sampled_from(("@ann", "#inn", "#attic", "*")),
+    st.sampled_from((0, 40, 900)),
 )
 streams = st.lists(said, min_size=1, max_size=30)
 

@@ -858,7 +858,8 @@ class Before:
 
 @frozen
 class Drop:
-    """*how*: close, reset, cut (nobody is told), stall (what the server sends stays in its kernel), mend."""
+    """*how*: close, reset, cut (nobody is told), stall (what the server sends stays in its kernel), sip (of
+    what has stalled as much arrives as the client's kernel has room for), mend."""
 
     player: str
     page: int
@@ -887,6 +888,9 @@ class Drop:
                 wire.cut()
             case "stall":
                 connection.reachable = False
+                wire._other.stall()
+            case "sip" if not connection.reachable:
+                wire._other.stall(False)
                 wire._other.stall()
             case "mend":
                 wire.mend()
@@ -1216,14 +1220,22 @@ async def _main(seed: int, path: Path, steps: Sequence[tuple[Step, Pause]], trac
             nursery.cancel_scope.cancel()
 
 
-def run(steps: Sequence[tuple[Step, Pause]], seed: int = 0) -> None:
-    """Play *steps*; raises with a trace and a line that does it again."""
+def run(
+    steps: Sequence[tuple[Step, Pause]], seed: int = 0, *, log: int = 4, chunk: int = 3, write: int = 65536
+) -> None:
+    """Play *steps*; raises with a trace and a line that does it again.
+
+    :param log: messages that a session's log holds.
+    :param chunk: messages that are read from the store at once.
+    :param write: bytes of a write to a connection that is behind.
+    """
     trace: list[str] = []
     # Small bounds, so that a few messages reach what otherwise takes thousands.
     small = (
-        mock.patch.object(session, "Log", partial(Log, max_messages=4)),
-        mock.patch.object(connection_module, "READ_MESSAGES", 3),
-        mock.patch.object(streams, "READ_MESSAGES", 3),
+        mock.patch.object(session, "Log", partial(Log, max_messages=log)),
+        mock.patch.object(connection_module, "READ_MESSAGES", chunk),
+        mock.patch.object(connection_module, "CHUNK_BYTES", write),
+        mock.patch.object(streams, "READ_MESSAGES", chunk),
     )
     for patch in small:
         patch.start()
@@ -1236,7 +1248,7 @@ def run(steps: Sequence[tuple[Step, Pause]], seed: int = 0) -> None:
     except BaseException as error:
         error.add_note("What was done:\n" + "\n".join(trace))
         listed = "".join(f"    {step},\n" for step in steps)
-        error.add_note(f"Again: run([\n{listed}], seed={seed})")
+        error.add_note(f"Again: run([\n{listed}], seed={seed}, log={log}, chunk={chunk}, write={write})")
         raise
     finally:
         for patch in small:
