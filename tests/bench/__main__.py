@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tests.bench.measure import OURS, PEERS, BenchFailed, build
+from tests.bench.measure import OURS, PEERS, BenchFailed, build, check_counting
 from tests.bench.report import Report
 from tests.bench.scenarios import SCENARIOS, Run, Scenario
 
@@ -80,6 +80,8 @@ def measure(options: argparse.Namespace, report: Report, console: Console) -> No
         scratch = Path(directory)
         programs = build(scratch)
         report.programs(programs)
+        if options.quick:
+            check_counting(programs)
         task = progress.add_task("", total=len(steps))
         for step, (number, scenario, name) in enumerate(steps, 1):
             where = f"{step}/{len(steps)} round {number + 1}/{options.rounds} {scenario.name}: {name}"
@@ -96,13 +98,16 @@ def measure(options: argparse.Namespace, report: Report, console: Console) -> No
                 scenario.run(run)
             except BenchFailed as failure:
                 report.failures.append(f"{scenario.name}: {name}")
-                console.print(f"[red]{where}: failed[/red]\n{failure}", markup=True)
+                console.print(f"[red]{where}: failed[/red]")
+                console.print(str(failure), markup=False)
             report.results += run.results
             for result in run.results:
                 console.print(f"{where} {report.line(result)} ({time.monotonic() - began:.0f} s)")
             progress.advance(task)
             if options.json:
                 report.save(options.json)
+        if options.quick:
+            report.rehearse(scratch)
     if name_missing := {OURS} - {name for _, _, name in steps}:
         console.print(f"[dim]without {', '.join(name_missing)} there are no ratios[/dim]")
 

@@ -1,15 +1,72 @@
-"""The game of the bench: a command has no effects, its reply is what it said; everybody may enter every room."""
+"""The games of the bench, and the gauge that they bring along: how long a turn of the event loop took.
+
+The server's own gauge (``loop_lag_ms``) is a clock's. On a machine that has other things to do it also shows
+how long the process had to wait for a processor. This one asks for the thread's processor time: what the server's own
+work kept the loop for. It costs two calls for each turn, which count as the server's.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import trio
 
 from mythos_trio.game import Command, Game, Player
+from tests.bench.bench_transactions import Counters
+
+TURNS: Final = "turns.json"
+TELL_SECONDS: Final = 0.1
 
 
-class Bench(Game):
+class Turns(trio.abc.Instrument):
+    """The longest turn of the loop, from waking up to waiting again; a turn is what a due task has to wait for."""
+
+    def __init__(self) -> None:
+        self.longest_ns = 0
+        self._began = time.thread_time_ns()
+
+    def after_io_wait(self, timeout: float) -> None:
+        self._began = time.thread_time_ns()
+
+    def before_io_wait(self, timeout: float) -> None:
+        took = time.thread_time_ns() - self._began
+        if took > self.longest_ns:
+            self.longest_ns = took
+
+
+class Gauged(Game):
+    """Keeps ``turns.json`` in the working directory up to date. What the start takes does not count."""
+
+    async def background(self) -> None:
+        turns = Turns()
+        trio.lowlevel.add_instrument(turns)
+        told = -1
+        while True:
+            if turns.longest_ns != told:
+                told = turns.longest_ns
+                await trio.to_thread.run_sync(tell, told)
+            await trio.sleep(TELL_SECONDS)
+
+
+def tell(longest_ns: int) -> None:
+    """In one step, so that who reads it finds a whole file."""
+    fresh = Path(f"{TURNS}.new")
+    fresh.write_text(json.dumps({"longest_ms": longest_ns / 1e6}))
+    fresh.replace(TURNS)
+
+
+class Bench(Gauged):
+    """A command has no effects, and its reply is what it said; everybody may enter every room."""
+
     async def on_command(self, player: Player, command: Command) -> Any:
         return command.content
 
     async def on_subscribe(self, player: Player, channel: str) -> bool:
         return True
+
+
+class Counting(Gauged, Counters):
+    """Each command adds one to a number in the data."""

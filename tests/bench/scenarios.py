@@ -54,6 +54,8 @@ class Result:
     start_seconds: float | None = None
     lag_ms: float | None = None
     max_lag_ms: float | None = None
+    turn_ms: float | None = None
+    """The longest turn of the event loop, in processor time."""
 
     def asdict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -102,8 +104,8 @@ class Run:
             load_busy=answer["load_busy"],
         )
         if self.peer.name == OURS:
-            lag = server.lag()
-            result.lag_ms, result.max_lag_ms = lag["lag_ms"], lag["max_lag_ms"]
+            for name, value in server.lag().items():
+                setattr(result, name, value)
         self.results.append(result)
         return result
 
@@ -196,7 +198,7 @@ def command(run: Run) -> None:
 
 def transactions(run: Run) -> None:
     """The game and the command of `tests.bench.bench_transactions`: 100 players, each with data of their own."""
-    with run.server(game="tests.bench.bench_transactions:Counters") as server:
+    with run.server(game="tests.bench.game:Counting") as server:
         run.measured(server, _commands(run, server, 0, "--content", "own"))
 
 

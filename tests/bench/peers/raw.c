@@ -1,6 +1,9 @@
 /*
  * The floor: what the kernel alone costs. It trusts its input, parses no JSON, stores nothing and does not care about
  * slow clients; one send() for each message and connection, and one for each answer.
+ *
+ * `raw PORT lose` loses one delivery and `raw PORT twice` makes one twice, so that it can be seen that the load
+ * generator notices.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -29,9 +32,13 @@ typedef struct Conn {
 } Conn;
 
 static Conn *everyone[MOST], *players[1 << 20], *rooms[ROOMS];
-static int everyone_count;
+static int everyone_count, deliveries, lose_one, one_twice;
 
 static void send_to(Conn *c, const char *frame, size_t frame_size, const char *event, size_t event_size) {
+    if (++deliveries == 100) {
+        if (lose_one) return;
+        if (one_twice) send_to(c, frame, frame_size, event, event_size);
+    }
     if (c->kind == WS) send(c->fd, frame, frame_size, MSG_NOSIGNAL | MSG_DONTWAIT);
     else send(c->fd, event, event_size, MSG_NOSIGNAL | MSG_DONTWAIT);
 }
@@ -146,6 +153,8 @@ int main(int count, char **words) {
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     int listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0), ep = epoll_create1(0), on = 1;
     static char data[1 << 20];
+    lose_one = count > 2 && !strcmp(words[2], "lose");
+    one_twice = count > 2 && !strcmp(words[2], "twice");
     getrlimit(RLIMIT_NOFILE, &files);
     files.rlim_cur = files.rlim_max;
     setrlimit(RLIMIT_NOFILE, &files);
