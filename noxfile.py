@@ -109,10 +109,28 @@ def run_bench(session: nox.Session, *arguments: str) -> None:
 
 
 @nox.session(default=False)
+def soak(session: nox.Session) -> None:
+    """Ten minutes of kill -9, locked databases, full disks and the like: docs/reliability.rst."""
+    run_soak(session, "--minutes", "10")
+
+
+@nox.session
+def soak_quick(session: nox.Session) -> None:
+    """Each of its faults once: a minute or two."""
+    run_soak(session, "--seconds", "60")
+
+
+@nox.session(default=False)
 def bench_transactions(session: nox.Session) -> None:
     """Commands with data a second, on this machine: the figures of docs/performance.rst. Half a minute a round."""
     install(session, "test")
     session.run("python", "-m", "tests.bench.bench_transactions", *session.posargs)
+
+
+def run_soak(session: nox.Session, *length: str) -> None:
+    """With arguments behind ``--``, such as ``--seed``, these come after the length, and win."""
+    install(session, "test")
+    session.run("python", "-m", "tests.soak", *length, *session.posargs)
 
 
 @nox.session(default=False)

@@ -56,8 +56,9 @@ __all__ = ["BadUrl", "ClientEnded", "DualClient", "Ended", "Events", "TransportS
 CONNECT_SECONDS: Final = 10.0
 # How long the second transport waits for the first to find out the position.
 FIRST_SECONDS: Final = 3.0
-# A connection that lived this long was a good one: the next wait is short again.
-GOOD_SECONDS: Final = 5.0
+# A connection that lived this long was a good one: the next wait is short again. (With 5 s, players were away for
+# half a minute after a server had been killed a few times within ten seconds, though it was there again after one.)
+GOOD_SECONDS: Final = 2.0
 # A transport that was turned down for good is tried again this often, while the other one works.
 REFUSED_SECONDS: Final = 60.0
 POST_SECONDS: Final = 60.0

@@ -216,6 +216,7 @@ def test_waits_double_up_to_a_bound_and_the_server_wins() -> None:
     assert backoff.next(0.5) == LONGEST_DELAY / 2
     assert backoff.next(1.0, retry_ms=250) == 0.25
     assert backoff.next(1.0, retry_ms=-5) == 0
+    assert [backoff.next(1.0) for _ in range(3)] == [0.5, 1, 2]  # it was asked to come back: as if for the first time
     backoff.good()
     assert backoff.next(1.0) == 0.5
 

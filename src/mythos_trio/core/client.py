@@ -123,11 +123,13 @@ class Backoff:
         self._delay = FIRST_DELAY
 
     def next(self, jitter: float, retry_ms: int | None = None) -> float:
-        """Seconds to wait.
+        """Seconds to wait. Who was asked to come back begins anew: the server knows when it will be there, and a
+        try that fails then is the first.
 
         :param jitter: 0.5 to 1: many clients that were cut off at once must not come back at once.
         """
         if retry_ms is not None:
+            self._delay = FIRST_DELAY
             return max(0.0, retry_ms / 1000)
         delay, self._delay = self._delay, min(self._delay * 2, LONGEST_DELAY)
         return delay * jitter
