@@ -119,7 +119,7 @@ class Publisher:
         """A target in the ledger's words, the id, and what is posted."""
         self._number += 1
         id = f"{self._name}-{self._number}"
-        text = "x" * self._dice.choice((10, 100, 100, 400, 3000))
+        text = "x" * (3000 if self._dice.random() < 0.02 else self._dice.choice((10, 50, 200)))
         message = {"id": id, "type": "news", "content": {"id": id, "text": text}}
         chance = self._dice.random()
         if chance < 0.5:
