@@ -390,3 +390,23 @@ async def test_marks_and_connections_are_written_behind(tmp_path: Path, autojump
         back = await entered(world)
         await reading(back, 2)
         assert back.lines == ["not seen"]
+
+
+@pytest.mark.parametrize("transport", [entered, listening])
+async def test_a_full_connection_that_is_ended_ends_no_other(
+    tmp_path: Path, autojump_clock: MockClock, transport: Any
+) -> None:
+    """Its own task waits for the client to read, and is told that nobody does any more. That is no crash of
+    the session."""
+    async with play(tmp_path / "m.db", game=Puppet(), write_timeout=100) as world:
+        deaf, ann = await transport(world), await entered(world)
+        full = connection_of(world, deaf)
+        far_end(deaf).stall()
+        for number in range(10):
+            await line(world, f"{number} {BIG}")
+        assert full.link.unsent
+        status, _ = await world.request("DELETE", f"/api/connections/ann/{full.id}")
+        assert status == 200
+        await reading(ann, 3)  # its last words have a second to go out; then it is closed
+        await line(world, "still here")
+        await ann.until(lambda message: message.get("content") == "still here")

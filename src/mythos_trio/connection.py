@@ -462,8 +462,8 @@ class Connection:
                 else:
                     # It takes nothing more for good: its owner hears of that from the link.
                     return
-        except trio.BrokenResourceError:
-            pass
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # lost, or closed by its owner when the last words had had their time
         finally:
             self._busy = False
 
