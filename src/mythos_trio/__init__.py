@@ -5,6 +5,7 @@ connections carry it at the same time. The map, from the outside in:
 
 ========================================  ========================================================================
 ``cli``, ``reload``, ``scaffold``         the command line; starting anew when code changes; a game to begin with
+``supervisor``, ``handover``              a parent that keeps the port; what a process is handed by its parent
 ``terminal``, ``client``, ``carriers``    a player's client: a line to type in, both transports, their connections
 ``server``                                what exists, the tree of tasks, how it stops
 ``front``, ``http1``, ``access``          accept, read a request's head, who may, where it goes

@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -135,31 +136,64 @@ def _of_driver(error: MissingDriver) -> Failure:
 @click.option("--host", help="What to listen on (HOST).")
 @click.option("--port", help="The port (PORT); 0 picks a free one.")
 @click.option("--log-level", help="debug, info, warning, error or critical (LOG_LEVEL).")
+@click.option("--supervise", is_flag=True, help="Keep the port open and start the server anew when it dies.")
 @click.option("--reload", is_flag=True, help="Start anew when the game's code changes: for development.")
-def serve(game: str, host: str | None, port: str | None, log_level: str | None, reload: bool) -> None:
+@click.option("--fd", "fds", type=click.IntRange(3), multiple=True, help="Listen on this inherited socket. Repeatable.")
+def serve(
+    game: str,
+    host: str | None,
+    port: str | None,
+    log_level: str | None,
+    supervise: bool,
+    reload: bool,
+    fds: tuple[int, ...],
+) -> None:
     """Run the server, with the game at MODULE:NAME (such as mygame:game) or the default one.
 
     SIGTERM and Ctrl-C drain: clients are told when to come back, all is stored; a second one hurries.
-    SIGHUP reopens the log.
+    SIGHUP reopens the log. With --supervise a small parent process owns the port: SIGUSR2 to it drains the
+    server and starts it anew, and while there is none, those who connect wait. Sockets of systemd
+    (LISTEN_FDS) are listened on by themselves.
     """
+    if supervise + reload + bool(fds) > 1:
+        raise click.UsageError("--supervise, --reload and --fd: one of them")
     options = {"HOST": host, "PORT": port, "LOG_LEVEL": log_level}
-    if reload:
-        sys.exit(_serve_reloading(game, options))
     given = {name: text for name, text in options.items() if text is not None}
     reading = config.read(None, DOTENV, given)
-    sys.exit(_start(reading, lambda: _run_server(reading.settings, game)))
+    if supervise or reload:
+        sys.exit(_serve_in_a_child(game, reading, log_level, reload=reload))
+    sys.exit(_start(reading, lambda: _run_server(reading.settings, game, fds)))
 
 
-def _serve_reloading(game: str, options: dict[str, str | None]) -> int:
+def _serve_in_a_child(game: str, reading: config.Reading, log_level: str | None, *, reload: bool) -> int:
+    """This process keeps the port, and the server is a child that is handed it."""
+    from mythos_trio.handover import UnusableSocket, take_over
+    from mythos_trio.net import PortTaken, open_listeners
     from mythos_trio.reload import Reloader, code_of
+    from mythos_trio.supervisor import Supervisor
 
-    words = {"HOST": "--host", "PORT": "--port", "LOG_LEVEL": "--log-level"}
-    command = [sys.executable, "-m", "mythos_trio", "serve", game]
-    for name, text in options.items():
-        command += [] if text is None else [words[name], text]
-    drain_seconds = _settings(**options).drain_timeout
+    settings = reading.settings
+    if reading.problems:
+        return _start(reading, lambda: EXIT_SETTING)
+    try:
+        listeners = take_over(os.environ) or open_listeners(settings.host, settings.port)
+    except (UnusableSocket, PortTaken, OSError) as error:
+        return _start(reading, partial(_raise, error))
+    fds = [listener.fileno() for listener in listeners]
+    command = [sys.executable, "-m", "mythos_trio", "serve", game, "--port", str(listeners[0].address[1])]
+    for name, text in (("--host", settings.host), ("--log-level", log_level)):
+        command += [name, text] if text else []
+    for fd in fds:
+        command += ["--fd", str(fd)]
     say: Callable[[str], None] = lambda text: _say(f"mythos-trio: {text}")  # noqa: E731
-    return Reloader(command, code_of(game), drain_seconds=drain_seconds, say=say).run()
+    if reload:
+        return Reloader(command, code_of(game), fds, drain_seconds=settings.drain_timeout, say=say).run()
+    say(f"supervisor, pid {os.getpid()}: kill -USR2 {os.getpid()} starts the server anew, kill {os.getpid()} stops it")
+    return Supervisor(command, fds, drain_seconds=settings.drain_timeout, say=say).run()
+
+
+def _raise(error: Exception) -> int:
+    raise error
 
 
 def _start(reading: config.Reading, run: Callable[[], int]) -> int:
@@ -203,6 +237,7 @@ def _cause(error: BaseException) -> BaseException:
 def _failure(error: BaseException, settings: Settings) -> Failure | None:
     """What a failed start means to an operator; None if it is none of those that are known."""
     from mythos_trio.game import GameSpecError
+    from mythos_trio.handover import UnusableSocket
     from mythos_trio.net import PortTaken
     from mythos_trio.storage import StoreUnusable
 
@@ -216,6 +251,9 @@ def _failure(error: BaseException, settings: Settings) -> Failure | None:
         case PortTaken():
             cause = f"{error.host} port {error.port} is in use by {_port_holder(error.port)}"
             return Failure(EXIT_PORT, cause, "Stop it, or choose another: --port 8001", ErrorType.CONNECTION)
+        case UnusableSocket():
+            fix = "Hand over a TCP socket that listens: ListenStream= and Accept=no in the socket unit, or --fd NUMBER"
+            return Failure(EXIT_PORT, str(error), fix, ErrorType.CONNECTION)
         case StoreUnusable():
             fix = "See DATABASE_URL: mythos-trio config get DATABASE_URL"
             return Failure(EXIT_STORE, f"the store cannot be used: {error}", fix, ErrorType.PERSISTENCE)
@@ -247,11 +285,19 @@ def _process(pid: int) -> str:
         return f"pid {pid}"
 
 
-def _run_server(settings: Settings, game: str) -> int:
+def _run_server(settings: Settings, game: str, fds: Sequence[int]) -> int:
     from mythos_trio import server
+    from mythos_trio.handover import Notifier, take_over
 
     config.store_path(settings)  # another store is refused before anything is opened
-    return server.run(settings, game, announce=lambda at: _announce(settings, at), hang_up=logs.reopen)
+    return server.run(
+        settings,
+        game,
+        announce=lambda at: _announce(settings, at),
+        hang_up=logs.reopen,
+        inherited=take_over(os.environ, fds),
+        notifier=Notifier.of(os.environ),
+    )
 
 
 def _announce(settings: Settings, addresses: Sequence[tuple[str, int]]) -> None:

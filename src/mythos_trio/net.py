@@ -22,8 +22,9 @@ _LINUX: Final = sys.platform == "linux"
 # What the kernel may hold for one client. Linux doubles it; with the default (autotuned up to 4 MiB)
 # a client that never reads would cost 4 MiB before anybody noticed.
 SEND_BUFFER: Final = 64 * 1024
-# Connects that the kernel keeps for us while we are busy; it cuts this at net.core.somaxconn.
-BACKLOG: Final = 1024
+# Connects that the kernel keeps for us while we are busy, or being started anew; it cuts this at net.core.somaxconn,
+# whose default this is.
+BACKLOG: Final = 4096
 # States in which a TCP connection has no error: ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT,
 # LAST_ACK, CLOSING (linux/include/net/tcp_states.h). A reset or timed out one is in CLOSE (7).
 _HEALTHY_STATES: Final = frozenset({1, 4, 5, 8, 9, 11})
@@ -185,6 +186,10 @@ class SocketListener:
         name = sock.getsockname()
         self.address: tuple[str, int] = (name[0], name[1])
 
+    def fileno(self) -> int:
+        """For who hands it on to another process."""
+        return self._sock.fileno()
+
     async def accept(self) -> SocketWire:
         while True:
             if self._sock.fileno() < 0:
@@ -250,14 +255,12 @@ def _listen_all(addresses: list[tuple[socket.AddressFamily, str]], port: int, ho
 
 
 def _listen(family: socket.AddressFamily, address: str, port: int) -> socket.socket:
-    """One listening socket. What is set here is inherited by the accepted ones."""
+    """One listening socket."""
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         # The port is ours again at once after a crash, whatever still lingers in TIME_WAIT.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        set_options(sock)
         if family == socket.AF_INET6:
             # "::" means every address, IPv4 too; another IPv6 address means itself.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address != "::")
@@ -267,6 +270,13 @@ def _listen(family: socket.AddressFamily, address: str, port: int) -> socket.soc
         sock.close()
         raise
     return sock
+
+
+def set_options(sock: socket.socket) -> None:
+    """What a listening socket's connections inherit from it, when they come."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _ioctl_count(sock: socket.socket, request: int) -> int:

@@ -17,9 +17,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, TypeAlias
 
+from mythos_trio.supervisor import EXTRA_SECONDS, exit_code, start_child
+
 POLL_SECONDS: Final = 1.0
-# What is given to the server on top of DRAIN_TIMEOUT before it is killed.
-EXTRA_SECONDS: Final = 5.0
 MAX_FILES: Final = 5000
 _NOT_OURS: Final = frozenset({"node_modules", "venv", "env", "site-packages"})
 _PASSED_ON: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -66,6 +66,7 @@ def _files(places: Sequence[Path]) -> Iterator[Path]:
 class Reloader:
     """Runs *command* until it ends by itself or a signal ends it.
 
+    :param fds: the listening sockets, which *command* inherits: nobody is refused while it is started anew.
     :param say: tells a person what happens.
     """
 
@@ -73,6 +74,7 @@ class Reloader:
         self,
         command: Sequence[str],
         places: Sequence[Path],
+        fds: Sequence[int] = (),
         *,
         drain_seconds: float,
         say: Callable[[str], None],
@@ -80,6 +82,7 @@ class Reloader:
     ) -> None:
         self._command = command
         self._places = places
+        self._fds = fds
         self._drain_seconds = drain_seconds
         self._say = say
         self._poll_seconds = poll_seconds
@@ -104,7 +107,7 @@ class Reloader:
             child = self._start()
             code = self._wait_for_change(child, times)
             if code is not None and (self._stopping or starts == 1 or code == 0):
-                return code if code >= 0 else 128 - code
+                return exit_code(code)
             if code is not None:
                 self._say(f"the server ended with exit code {code}; waiting for a change")
                 self._wait_for_change(None, times)
@@ -114,7 +117,7 @@ class Reloader:
             self._stop()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        self._child = subprocess.Popen(self._command, process_group=0)
+        self._child = start_child(self._command, self._fds)
         return self._child
 
     def _wait_for_change(self, child: subprocess.Popen[bytes] | None, times: Times) -> int | None:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import trio
+from attrs import frozen
 
 from mythos_trio import __version__, logs
 from mythos_trio.access import Access
@@ -33,6 +34,7 @@ from mythos_trio.dispatcher import Dispatcher, Failure
 from mythos_trio.front import Front
 from mythos_trio.game import Game, load_game
 from mythos_trio.handlers import Background, Context, GameRunner, WorldTimers
+from mythos_trio.handover import Notifier
 from mythos_trio.hub import Hub
 from mythos_trio.monitor import Monitor, Stage
 from mythos_trio.net import Listener, open_listeners
@@ -306,11 +308,15 @@ def run(
     *,
     announce: Callable[[list[tuple[str, int]]], None] = lambda _: None,
     hang_up: Callable[[], None] = lambda: None,
+    inherited: Sequence[Listener] = (),
+    notifier: Notifier | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. Logging has been set up by the caller.
 
     :param announce: is told the addresses when the server is ready.
     :param hang_up: what SIGHUP does: the log is opened again.
+    :param inherited: what to listen on; HOST and PORT then are not.
+    :param notifier: is told when the server is ready, and when it stops.
     :raises PortTaken: :raises StoreUnusable: :raises GameSpecError:
     """
     game = load_game(game_spec)
@@ -326,21 +332,36 @@ def run(
         durability="power" if settings.durability == "power" else "process",
         max_store_bytes=settings.max_store_bytes,
     )
-    listeners = open_listeners(settings.host, settings.port)
+    listeners = inherited or open_listeners(settings.host, settings.port)
+    if inherited:
+        log.info(
+            "Listening on inherited sockets: HOST and PORT are not looked at",
+            addresses=[_address_text(listener) for listener in inherited],
+        )
+    outside = _Outside(announce, hang_up, notifier or Notifier())
     try:
-        return trio.run(_main, settings, game, database, listeners, announce, hang_up)
+        return trio.run(_main, settings, game, database, listeners, outside)
     finally:
         for listener in listeners:
             listener.close()
 
 
+def _address_text(listener: Listener) -> str:
+    host, port = listener.address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@frozen
+class _Outside:
+    """Whom the process tells what, and what it does when it is told to hang up."""
+
+    announce: Callable[[list[tuple[str, int]]], None]
+    hang_up: Callable[[], None]
+    notifier: Notifier
+
+
 async def _main(
-    settings: Settings,
-    game: Game,
-    database: Database,
-    listeners: Sequence[Listener],
-    announce: Callable[[list[tuple[str, int]]], None],
-    hang_up: Callable[[], None],
+    settings: Settings, game: Game, database: Database, listeners: Sequence[Listener], outside: _Outside
 ) -> int:
     statistics = Statistics()
     logs.on_error(statistics.logged)
@@ -359,8 +380,8 @@ async def _main(
     # Outside of a nursery: a failed start is one error, not a group.
     await server.open()
     async with trio.open_nursery() as nursery:
-        await nursery.start(_hear_signals, server, hang_up)
-        nursery.start_soon(_announce_when_ready, server, listeners, announce)
+        await nursery.start(_hear_signals, server, outside)
+        nursery.start_soon(_announce_when_ready, server, listeners, outside)
         code = await server.serve(listeners)
         lingering.cancel()
         nursery.cancel_scope.cancel()
@@ -379,21 +400,21 @@ def _end_without_the_game(code: int) -> None:
     os._exit(code)
 
 
-async def _announce_when_ready(
-    server: Server, listeners: Sequence[Listener], announce: Callable[[list[tuple[str, int]]], None]
-) -> None:
+async def _announce_when_ready(server: Server, listeners: Sequence[Listener], outside: _Outside) -> None:
     while server.monitor is None or server.monitor.stage is not Stage.READY:
         await trio.sleep(0.01)
-    announce([listener.address for listener in listeners])
+    outside.notifier.tell("READY=1")
+    outside.announce([listener.address for listener in listeners])
 
 
 async def _hear_signals(
-    server: Server, hang_up: Callable[[], None], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    server: Server, outside: _Outside, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         task_status.started()
         async for number in signals:
             if number == signal.SIGHUP:
-                hang_up()
+                outside.hang_up()
             else:
+                outside.notifier.tell("STOPPING=1")
                 server.stop()

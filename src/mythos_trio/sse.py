@@ -81,8 +81,8 @@ class SSETransport:
         headers = self._access.cors_headers(head)
         return http1.response(204, b"", headers=headers, keep_alive=False, server_id=self._server_id)
 
-    def welcome(self, payload: bytes, position: str) -> bytes:
-        return wire.sse_event(payload, position, retry_ms=RETRY_MS)
+    def welcome(self, payload: bytes, position: str, retry_ms: int) -> bytes:
+        return wire.sse_event(payload, position, retry_ms=retry_ms)
 
 
 class SSEChannel:

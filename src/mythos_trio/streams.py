@@ -29,7 +29,7 @@ from mythos_trio.core.errors import (
     busy,
 )
 from mythos_trio.core.position import Gap, Position, Resume, parse_position, resume_from
-from mythos_trio.core.rates import Buckets, return_ms
+from mythos_trio.core.rates import Buckets, cut_off_ms, return_ms
 from mythos_trio.core.requests import Ack, Auth, ClientRequest, Command, Ping
 from mythos_trio.core.wire import Framing
 from mythos_trio.handlers import draining
@@ -82,7 +82,9 @@ class Transport(Protocol):
         """Turn it down in the way that this transport's clients understand; closes the link."""
         ...
 
-    def welcome(self, payload: bytes, position: str) -> bytes: ...
+    def welcome(self, payload: bytes, position: str, retry_ms: int) -> bytes:
+        """*retry_ms*: when to come back if the connection is cut off without a last word."""
+        ...
 
 
 @frozen
@@ -415,7 +417,8 @@ class Streams:
             resumed=resumed,
             heartbeat_seconds=self.heartbeat_seconds,
         )
-        first = [arrival.transport.welcome(payload, position)]
+        retry_ms = cut_off_ms(len(hub.connections) - 1, self._context.randomness.uniform(0, 1))
+        first = [arrival.transport.welcome(payload, position, retry_ms)]
         if gap is not None:
             first.append(connection.gap_bytes(gap))
             session.gap_told(connection, gap)

@@ -100,7 +100,7 @@ class WebSocketTransport:
         link.last_words(self._answer(head) + words, close)
         await link.linger()
 
-    def welcome(self, payload: bytes, position: str) -> bytes:
+    def welcome(self, payload: bytes, position: str, retry_ms: int) -> bytes:
         return self.framing.control(payload)
 
 

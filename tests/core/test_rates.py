@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from mythos_trio.core.rates import FIRST_RETURN_MS, RETURNS_A_SECOND, Buckets, return_ms
+from mythos_trio.core.rates import FIRST_RETURN_MS, LONGEST_SPREAD_MS, RETURNS_A_SECOND, Buckets, cut_off_ms, return_ms
 
 
 def test_a_burst_and_then_one_at_a_time() -> None:
@@ -56,3 +56,16 @@ def test_in_no_tenth_of_a_second_come_more_than_its_share() -> None:
     random = Random(1)
     tenths = Counter(return_ms(place + random.random()) // 100 for place in range(5000))
     assert max(tenths.values()) <= RETURNS_A_SECOND / 10 + 1
+
+
+def test_a_single_browser_that_is_cut_off_does_not_wait_for_others() -> None:
+    assert cut_off_ms(0, 1.0) == FIRST_RETURN_MS
+
+
+def test_many_browsers_that_are_cut_off_come_back_at_different_times_and_soon() -> None:
+    random = Random(2)
+    times = [cut_off_ms(count, random.random()) for count in range(1000)]
+    assert min(times) >= FIRST_RETURN_MS
+    assert max(times) <= FIRST_RETURN_MS + 2000
+    assert max(Counter(time // 100 for time in times).values()) < 1000 / 5
+    assert cut_off_ms(1_000_000, 1.0) == FIRST_RETURN_MS + LONGEST_SPREAD_MS

@@ -13,6 +13,8 @@ from attrs import define
 FIRST_RETURN_MS: Final = 1000
 # Half of the connections a second that one processor lets in, so that the other half is left for those who play.
 RETURNS_A_SECOND: Final = 500
+# How much longer than the first an EventSource may wait after a crash.
+LONGEST_SPREAD_MS: Final = 4000
 
 
 def return_ms(place: float) -> int:
@@ -22,6 +24,18 @@ def return_ms(place: float) -> int:
     back evenly, over a time that grows with their number, and not all at once.
     """
     return FIRST_RETURN_MS + int(place * 1000 / RETURNS_A_SECOND)
+
+
+def cut_off_ms(others: int, jitter: float) -> int:
+    """When an EventSource comes back that is cut off without a last word, in milliseconds (``retry:`` of ``welcome``).
+
+    Browsers add no jitter of their own, so after a crash all of them would come back in the same moment. But a single
+    one whose cable was pulled must not wait for a thousand others that are well: hence the bound.
+
+    :param others: how many connections there are beside it.
+    :param jitter: from 0 to 1, of this connection.
+    """
+    return FIRST_RETURN_MS + int(jitter * min(others * 1000 / RETURNS_A_SECOND, LONGEST_SPREAD_MS))
 
 
 @define
