@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import h11
 import pytest
@@ -19,6 +19,8 @@ from mythos_trio.config import Settings
 from mythos_trio.core.errors import ErrorType, busy
 from mythos_trio.front import HEAD_SECONDS, IDLE_SECONDS, YIELD_AFTER, Front, Kind, route
 from mythos_trio.http1 import Head, parse_head, read_body, response
+from mythos_trio.hub import Hub
+from mythos_trio.ledger import Ledger
 from mythos_trio.link import Link
 from mythos_trio.seams import SystemClock
 from tests.support.memory_net import MemoryListener, MemoryStream
@@ -107,7 +109,8 @@ class Door:
         self.fakes = Fakes()
         self.log = log
         clock = SystemClock()
-        self.front = Front(settings, Access(settings, clock), self.fakes, self.fakes, self.fakes, clock)
+        self.ledger = Ledger(Hub(cast(Any, None), "door-1"))
+        self.front = Front(settings, Access(settings, clock), self.fakes, self.fakes, self.fakes, clock, self.ledger)
 
     async def serve(self) -> None:
         await self.front.serve(self.listener)

@@ -44,7 +44,7 @@ async def test_uptime_is_of_the_clock_that_does_not_jump(stand: Stand, autojump_
 async def test_detailed_health_has_every_component_with_measured_values(stand: Stand) -> None:
     _, answer = await stand.monitor.health_detailed()
     components = answer["components"]
-    assert set(components) == {"database", "dispatcher", "health_checker", "memory", "event_loop", "disk"}
+    assert set(components) == {"database", "dispatcher", "health_checker", "memory", "event_loop", "disk", "ledger"}
     for component in components.values():
         assert component["status"] == "healthy"
         assert component["why"] is None
@@ -484,20 +484,22 @@ async def test_tasks_of_players_and_the_tree(stand: Stand, nursery: trio.Nursery
     session = stand.session("alice")
     async with trio.open_nursery() as players:
         session.nursery = players
-        players.start_soon(trio.sleep_forever, name="reads for alice")
-        players.start_soon(trio.sleep_forever, name="reads for alice")
-        players.start_soon(nested, name="has a nursery")
+        stand.connect(session, "c1", "websocket")
+        players.start_soon(trio.sleep_forever, name="websocket of alice")
+        players.start_soon(nested, name="handlers of alice")
         await wait_all_tasks_blocked()
-        answer = stand.monitor.tasks()
+        answer = await stand.monitor.tasks()
         alice = answer["players"]["alice"]
         assert alice["session_id"] == "s1"
-        assert alice["tasks"] == 4
-        assert alice["names"] == {"reads for alice": 2, "has a nursery": 1, "the nested one": 1}
+        assert alice["tasks"] == 3
+        assert alice["names"] == {"websocket of alice": 1, "handlers of alice": 1, "the nested one": 1}
+        (connection,) = alice["connections"]
+        assert (connection["connection_id"], connection["unsent_bytes"]) == ("c1", 0)
         assert answer["leaks"] == 0
         assert answer["total_tasks"] == trio.lowlevel.current_statistics().tasks_living
-        assert "reads for alice" in str(answer["tree"])
-        assert stand.monitor.tasks("bob")["players"] == {}
-        assert stand.monitor.tasks("alice")["tree"] is None
+        assert "websocket of alice" in str(answer["tree"])
+        assert (await stand.monitor.tasks("bob"))["players"] == {}
+        assert (await stand.monitor.tasks("alice"))["tree"] is None
         players.cancel_scope.cancel()
 
 
@@ -512,15 +514,15 @@ async def test_shown_tasks_are_bounded(stand: Stand, monkeypatch: pytest.MonkeyP
         for _ in range(30):
             nursery.start_soon(trio.sleep_forever, name="one of many")
         await wait_all_tasks_blocked()
-        answer = stand.monitor.tasks()
+        answer = await stand.monitor.tasks()
         nursery.cancel_scope.cancel()
     assert answer["total_tasks"] > 30
     assert str(answer["tree"]).count("one of many") <= 10
     assert answer["left_out"] == answer["total_tasks"] - 10
 
 
-def leak_kinds(stand: Stand) -> list[str]:
-    answer = stand.monitor.tasks()
+async def leak_kinds(stand: Stand) -> list[str]:
+    answer = await stand.monitor.tasks()
     assert answer["leaks"] == len(answer["leaked"])
     return [leak["kind"] for leak in answer["leaked"]]
 
@@ -528,24 +530,27 @@ def leak_kinds(stand: Stand) -> list[str]:
 async def test_stuck_session_is_a_leak_until_its_tasks_have_ended(stand: Stand) -> None:
     session = stand.session("alice")
     stand.hub.stuck.append(cast(Any, session))
-    assert leak_kinds(stand) == ["session"]
+    assert await leak_kinds(stand) == ["session"]
+    stand.hub.remove(cast(Any, session))
     session.finished.set()
-    assert leak_kinds(stand) == []
+    assert await leak_kinds(stand) == []
 
 
 async def test_connection_of_a_session_that_is_over_is_a_leak(stand: Stand) -> None:
     session = stand.session("alice")
     stand.connect(session, "c1", "sse")
-    assert leak_kinds(stand) == []
+    assert await leak_kinds(stand) == []
     stand.hub.remove(cast(Any, session))
-    assert leak_kinds(stand) == ["connection"]
+    assert await leak_kinds(stand) == ["connection"]
     stand.session("alice", "s2")
-    assert stand.monitor.tasks()["leaked"] == [
+    assert (await stand.monitor.tasks())["leaked"] == [
         {
             "kind": "connection",
+            "name": "connection c1",
             "player_id": "alice",
             "session_id": "s1",
             "connection_id": "c1",
+            "age_seconds": 0.0,
             "why": "its session is over",
         }
     ]
@@ -554,15 +559,15 @@ async def test_connection_of_a_session_that_is_over_is_a_leak(stand: Stand) -> N
 async def test_subscription_of_a_session_that_is_over_is_a_leak(stand: Stand) -> None:
     session = stand.session("alice")
     stand.hub.channels["ooc"] = {cast(Any, session): None}
-    assert leak_kinds(stand) == []
+    assert await leak_kinds(stand) == []
     stand.hub.remove(cast(Any, session))
-    assert leak_kinds(stand) == ["subscription"]
+    assert await leak_kinds(stand) == ["subscription"]
 
 
 async def test_linkdead_sessions_are_no_leaks(stand: Stand) -> None:
     make_crowd(stand)
     assert stand.hub.sessions["gone"].state is State.LINKDEAD
-    assert leak_kinds(stand) == []
+    assert await leak_kinds(stand) == []
 
 
 # The machine.

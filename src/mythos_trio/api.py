@@ -85,6 +85,7 @@ ROUTES: Final = (
     Route("GET", "/monitoring/connection-health", Needs.ADMIN, "connection_health"),
     Route("GET", "/monitoring/errors", Needs.ADMIN, "errors"),
     Route("GET", "/monitoring/tasks", Needs.ADMIN, "tasks"),
+    Route("GET", "/metrics", Needs.ADMIN, "metrics"),
     Route("GET", "/ws/<player_id>", Needs.NOTHING, None),
     Route("GET", "/sse/<player_id>", Needs.NOTHING, None),
     Route("POST", "/api/messages", Needs.NOTHING, None),
@@ -383,7 +384,10 @@ class _Api:
 
     async def tasks(self) -> Response:
         player = request.args.get("player")
-        return _json(self.monitor.tasks(None if player is None else names.player_id(player)))
+        return _json(await self.monitor.tasks(None if player is None else names.player_id(player)))
+
+    async def metrics(self) -> Response:
+        return Response(self.monitor.metrics(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
     # The page for people.
 
@@ -480,6 +484,7 @@ This server runs. To play in it, open two terminals.NOTE</p>
 <li><a href="/monitoring/connection-health">/monitoring/connection-health</a></li>
 <li><a href="/monitoring/errors">/monitoring/errors</a></li>
 <li><a href="/monitoring/tasks">/monitoring/tasks</a></li>
+<li><a href="/metrics">/metrics</a></li>
 </ul>
 </body>
 </html>

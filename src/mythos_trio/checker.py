@@ -39,10 +39,18 @@ EXPIRE_AT_ONCE: Final = 200
 class Checker:
     """Its loops are tasks of the server; each runs until it is cancelled."""
 
-    def __init__(self, context: Context, registrar: Registrar, failures: trio.MemoryReceiveChannel[Failure]) -> None:
+    def __init__(
+        self,
+        context: Context,
+        registrar: Registrar,
+        failures: trio.MemoryReceiveChannel[Failure],
+        look: Callable[[], Awaitable[object]],
+    ) -> None:
+        """:param look: finds leaks, and tells them."""
         self._context = context
         self._registrar = registrar
         self._failures = failures
+        self._look = look
         self.last_round = trio.current_time()
         """`trio.current_time` of the newest round."""
         self._told_unhealthy: dict[str, tuple[str, ...]] = {}
@@ -151,6 +159,7 @@ class Checker:
     async def clean_forever(self) -> None:
         while await self._pause(self._context.settings.cleanup_interval):
             await self.clean()
+            await self._look()
 
     async def clean(self) -> None:
         """Expired sessions and messages go; connections that should not be there are counted."""

@@ -148,6 +148,10 @@ class Connection:
         return log.head - self._index
 
     @property
+    def waiting_replies(self) -> int:
+        return len(self._replies)
+
+    @property
     def waiting_for(self) -> str | None:
         if not self._busy:
             return None

@@ -21,6 +21,7 @@ from mythos_trio import logs
 from mythos_trio.core import names
 from mythos_trio.core.errors import BUSY, FAULT, ErrorType, Refusal
 from mythos_trio.http1 import MAX_HEAD, Head, HttpRefusal, read_head, refuse, refused, response
+from mythos_trio.ledger import IDLE, LAST_WORDS, REQUEST, Ledger, Tended
 from mythos_trio.link import Link
 from mythos_trio.net import Listener, Wire
 
@@ -181,6 +182,7 @@ class Front:
         bridge: App,
         statistics: Counter,
         clock: Clock,
+        ledger: Ledger,
     ) -> None:
         self._settings = settings
         self._access = access
@@ -188,6 +190,7 @@ class Front:
         self._bridge = bridge
         self._clock = clock
         self._statistics = statistics
+        self._ledger = ledger
         self._listeners: list[Listener] = []
         self._stopped = False
         self._draining = False
@@ -297,7 +300,8 @@ class Front:
         link = Link(wire, write_timeout=self._settings.write_timeout, start=nursery.start_soon)
         handshake = _Handshake(trio.current_time())
         self._handshakes[handshake] = None
-        nursery.start_soon(self._connection, link, handshake, name=f"connection from {wire.peer}:{wire.peer_port}")
+        tended = self._ledger.admit(link)
+        nursery.start_soon(self._connection, tended, handshake, name=f"connection from {wire.peer}:{wire.peer_port}")
 
     def _end_handshake(self, handshake: _Handshake) -> None:
         if handshake in self._handshakes:
@@ -307,19 +311,25 @@ class Front:
 
     # One connection.
 
-    async def _connection(self, link: Link, handshake: _Handshake) -> None:
+    async def _connection(self, tended: Tended, handshake: _Handshake) -> None:
+        link = tended.link
+        tended.task = trio.lowlevel.current_task()
         then = _Then.CLOSE
         try:
             head = await self._first_head(link, handshake)
             while head is not None:
+                tended.at(REQUEST)
                 then = await self._answer(link, head)
+                tended.at(IDLE)
                 head = await self._next_head(link) if then is _Then.NEXT else None
             if then is not _Then.FORGET and link.sent_bytes:
+                tended.at(LAST_WORDS)
                 await link.linger()  # so that the client gets the last answer
         finally:
             self._end_handshake(handshake)
             if then is not _Then.FORGET:
                 link.close()
+            self._ledger.hand_on(tended)
 
     async def _first_head(self, link: Link, handshake: _Handshake) -> Head | None:
         """The first request's head. None: there is none, or it was refused."""

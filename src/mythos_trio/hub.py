@@ -198,6 +198,11 @@ class Hub:
             self._closed.append(connection.id)
         self._last_online[connection.player_id, connection.session_id] = now
 
+    @property
+    def waiting_notes(self) -> int:
+        """How much has gathered to be written behind."""
+        return len(self._marks) + len(self._opened) + len(self._closed) + len(self._last_online)
+
     def notes(self) -> Notes | None:
         """What has gathered to be written behind; None if nothing has."""
         if not (self._marks or self._opened or self._closed or self._last_online):

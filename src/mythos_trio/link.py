@@ -86,6 +86,8 @@ class Link(trio.abc.HalfCloseableStream):
         "ended",
         "ended_by",
         "last_received",
+        "lingers_until",
+        "on_closed",
         "on_end",
         "on_pong",
         "on_violation",
@@ -125,6 +127,10 @@ class Link(trio.abc.HalfCloseableStream):
         self.ended_by = ""
         """``client``, ``network``, ``server`` or ``operator``."""
         self.on_end: Callable[[], None] | None = None
+        self.on_closed: Callable[[Link], None] | None = None
+        """Called once, when the socket has been closed."""
+        self.lingers_until: float | None = None
+        """Since `linger` was called: when it ends, of `trio.current_time`."""
         self.scanner: FrameScanner | None = None
         """Looks over what is received before the receiver sees it."""
         self.on_pong: Callable[[bytes], None] | None = None
@@ -249,6 +255,7 @@ class Link(trio.abc.HalfCloseableStream):
 
         Nobody else may be receiving. Never raises but Cancelled; the link is closed afterwards.
         """
+        self.lingers_until = trio.current_time() + seconds
         try:
             with trio.move_on_after(seconds):
                 await self.send_eof()
@@ -317,6 +324,10 @@ class Link(trio.abc.HalfCloseableStream):
     def unread(self) -> int:
         """Bytes that have come and were not received."""
         return self._wire.unread() + sum(map(len, self._pushed))
+
+    def fileno(self) -> int:
+        """The socket's descriptor; -1 if it is closed, or is none of the kernel's."""
+        return self._wire.fileno()
 
     def in_error(self) -> bool:
         """Whether the network has broken it, as far as the kernel knows, or it is closed."""
@@ -471,6 +482,8 @@ class Link(trio.abc.HalfCloseableStream):
 
     def _let_go(self) -> None:
         """The wire is closed: drop what is unsent, wake who waits for it."""
+        if self.on_closed is not None:
+            self.on_closed(self)
         self._pushed.clear()
         pieces, self.unsent = list(self._queue), 0
         self._queue.clear()

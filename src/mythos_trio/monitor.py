@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mythos_trio.connection import Connection
     from mythos_trio.dispatcher import Dispatcher
     from mythos_trio.hub import Hub
+    from mythos_trio.ledger import Ledger
     from mythos_trio.seams import Clock
     from mythos_trio.session import LiveSession
     from mythos_trio.statistics import Statistics
@@ -55,6 +56,9 @@ TREND_SECONDS: Final = 10.0
 MAX_RECEIVERS: Final = 100
 MAX_UNHEALTHY: Final = 50
 MAX_TASKS: Final = 2000
+MAX_PLAYERS: Final = 200
+# Of the tasks of one player: a handler may start as many as it likes.
+MAX_NAMES: Final = 50
 # Waiting messages are counted up to here; beyond it, "more" is all that anybody needs to know.
 MAX_PENDING: Final = 1000
 
@@ -102,6 +106,7 @@ class Monitor:
     statistics: Statistics
     settings: Settings
     clock: Clock
+    ledger: Ledger
     machine: Machine = field(factory=Machine)
     stage: Stage = Stage.STARTING
     _started: float = field(factory=trio.current_time, init=False)
@@ -148,6 +153,7 @@ class Monitor:
             "memory": self._memory(),
             "event_loop": self._event_loop(),
             "disk": self._disk(),
+            "ledger": self._ledger(),
         }
 
     async def _database(self) -> Component:
@@ -209,6 +215,12 @@ class Monitor:
             return Component(Finding(Status.DEGRADED, f"the disk cannot be asked: {error}"), {})
         measured = {"path": disk.path, "free_bytes": disk.free_bytes, "total_bytes": disk.total_bytes}
         return Component(verdicts.disk(disk.free_bytes, disk.total_bytes), measured)
+
+    def _ledger(self) -> Component:
+        """Leaks, as the newest look has found them."""
+        kinds = dict(Counter(leak.kind for leak in self.ledger.found))
+        measured: Answer = {"leaks": len(self.ledger.found), "kinds": kinds, "links": len(self.ledger.links)}
+        return Component(verdicts.leaks(len(self.ledger.found)), measured)
 
     async def watch(self) -> None:
         """Note the connections' health now and then, for its trend. Runs until it is cancelled."""
@@ -539,59 +551,66 @@ class Monitor:
 
     # Tasks and leaks.
 
-    def tasks(self, player_id: str | None = None) -> Answer:
-        """``/monitoring/tasks``: who runs in which nursery, and what should be gone and is not.
+    async def tasks(self, player_id: str | None = None) -> Answer:
+        """``/monitoring/tasks``: who runs in which nursery and holds what, and what should be gone and is not.
 
-        :param player_id: only the tasks of this player in ``players``, and no tree.
+        :param player_id: only this player in ``players``, and no tree.
         """
+        leaks = await self.ledger.look()
         root = trio.lowlevel.current_root_task()
-        sessions = [*self.hub.sessions.values(), *self.hub.stuck]
-        owners = {id(session.nursery): session for session in sessions if session.nursery is not None}
-        tree = _Tree(owners)
-        shown = tree.grow(root) if root is not None else None
-        players = {
-            session.player_id: {"session_id": session.session_id, "tasks": counts.total(), "names": dict(counts)}
-            for session, counts in tree.players.items()
-            if player_id in (None, session.player_id)
-        }
-        leaks = list(self.leaks())
+        tree = _Tree({id(session.nursery): session for session in self._sessions() if session.nursery is not None})
+        shown = tree.grow(root) if root is not None and player_id is None else None
+        players = [session for session in self._sessions() if player_id in (None, session.player_id)]
+        total = _count_tasks()
         return self._stamped(
-            total_tasks=tree.total,
-            players=players,
+            total_tasks=total,
             leaks=len(leaks),
-            leaked=leaks[:MAX_TASKS],
-            tree=shown if player_id is None else None,
-            left_out=max(0, tree.total - MAX_TASKS) if player_id is None else 0,
+            leaked=[leak.show() for leak in leaks[:MAX_TASKS]],
+            players={session.player_id: _runs_for(session) for session in players[:MAX_PLAYERS]},
+            players_total=len(players),
+            server={**self.ledger.held(), "queued": self.dispatcher.queued, "players": len(self.hub.sessions)},
+            tree=shown,
+            left_out=max(0, total - tree.shown) if player_id is None else 0,
         )
 
-    def leaks(self) -> Iterator[Answer]:
-        """What is left of something that is over. Always empty, or there is a bug."""
-        for session in self.hub.stuck:
-            if not session.finished.is_set():
-                yield _leak("session", session, "it has ended, but its tasks have not")
-        for connection in self.hub.connections.values():
-            session = connection.session
-            if self.hub.sessions.get(connection.player_id) is not session and session not in self.hub.stuck:
-                yield _leak("connection", session, "its session is over", connection.id)
-        for channel, listeners in self.hub.channels.items():
-            for session in listeners:
-                if self.hub.sessions.get(session.player_id) is not session:
-                    yield _leak("subscription", session, f"its session is over, but it listens to {channel}")
+    def _sessions(self) -> list[LiveSession]:
+        return [*self.hub.sessions.values(), *self.hub.stuck]
+
+    def metrics(self) -> bytes:
+        """``/metrics``, for Prometheus. What is dear to find is of the checker's newest look."""
+        lines: list[str] = []
+        for name, help_, values in self._gauges():
+            lines += [f"# HELP mythos_{name} {help_}", f"# TYPE mythos_{name} gauge"]
+            lines += [f"mythos_{name}{labels} {value}" for labels, value in values.items()]
+        return ("\n".join(lines) + "\n").encode()
+
+    def _gauges(self) -> Iterator[tuple[str, str, dict[str, float]]]:
+        """(name, help, values by their labels)."""
+        looked_at = self.ledger.looked_at
+        transports = Counter(connection.transport for connection in self.hub.connections.values())
+        yield "leaks", "What is left of something that is over, at the newest look.", {"": len(self.ledger.found)}
+        age = trio.current_time() - (self._started if looked_at is None else looked_at)
+        yield "leaks_looked_seconds", "Since the newest look for leaks, or the start.", {"": round(age, 3)}
+        yield "tasks", "Tasks of the process.", {"": _count_tasks()}
+        yield "sessions", "Players online or link-dead.", {"": len(self.hub.sessions)}
+        by_transport: dict[str, float] = {f'{{transport="{name}"}}': transports[name] for name in TRANSPORTS}
+        yield "connections", "Open connections.", by_transport
+        by_stage: dict[str, float] = {f'{{stage="{name}"}}': n for name, n in self.ledger.stages().items()}
+        yield "links", "Open sockets of clients, by who has them.", by_stage
+        yield "open_fds", "Open descriptors of the process.", {"": self.machine.open_files()}
+        yield "memory_rss_bytes", "Memory of the process.", {"": self.machine.memory().rss_bytes}
 
 
 class _Tree:
-    """The tasks under one task; at most `MAX_TASKS` are shown, all are counted."""
+    """The tasks under one task, as far as they are shown: at most `MAX_TASKS`."""
 
     def __init__(self, owners: Mapping[int, LiveSession]) -> None:
         """:param owners: the session that each player's nursery (its ``id()``) belongs to."""
         self._owners = owners
-        self.total = 0
-        self.players: dict[LiveSession, Counter[str]] = {}
+        self.shown = 0
 
     def grow(self, task: trio.lowlevel.Task, owner: LiveSession | None = None) -> Answer:
-        self.total += 1
-        if owner is not None:
-            self.players.setdefault(owner, Counter())[task.name] += 1
+        self.shown += 1
         nurseries = [self._nursery(nursery, owner) for nursery in task.child_nurseries]
         return {"name": task.name, "nurseries": nurseries} if nurseries else {"name": task.name}
 
@@ -599,26 +618,53 @@ class _Tree:
         owner = self._owners.get(id(nursery), owner)
         tasks = []
         for task in nursery.child_tasks:
-            shown = self.total < MAX_TASKS
-            grown = self.grow(task, owner)
-            if shown:
-                tasks.append(grown)
+            if self.shown >= MAX_TASKS:
+                break
+            tasks.append(self.grow(task, owner))
         player = {} if owner is None else {"player_id": owner.player_id}
         return {**player, "tasks": tasks}
 
 
+def _runs_for(session: LiveSession) -> Answer:
+    """What runs and is held for one player."""
+    names = Counter(_names_under(session.nursery)) if session.nursery is not None else Counter[str]()
+    held = session.log
+    return {
+        "session_id": session.session_id,
+        "state": session.state.value,
+        "tasks": names.total(),
+        "names": dict(names.most_common(MAX_NAMES)),
+        "connections": [_runs_on(connection) for connection in session.connections.values()],
+        "arriving": session.arriving,
+        "log": None if held is None else {"messages": len(held), "bytes": held.bytes},
+        "channels": len(session.channels),
+        "waiting_commands": session.waiting_commands,
+        "running_handler": session.running_handler,
+        "timers": session.running_timers,
+    }
+
+
+def _runs_on(connection: Connection) -> Answer:
+    return {
+        "connection_id": connection.id,
+        "transport": connection.transport,
+        "age_seconds": round(trio.current_time() - connection.opened, 3),
+        "unsent_bytes": connection.link.unsent,
+        "waiting_replies": connection.waiting_replies,
+        "behind": connection.behind,
+        "waiting_for": connection.waiting_for,
+    }
+
+
+def _names_under(nursery: trio.Nursery) -> Iterator[str]:
+    for task in nursery.child_tasks:
+        yield task.name
+        for below in task.child_nurseries:
+            yield from _names_under(below)
+
+
 def _count_tasks() -> int:
     return trio.lowlevel.current_statistics().tasks_living
-
-
-def _leak(kind: str, session: LiveSession, why: str, connection_id: str | None = None) -> Answer:
-    return {
-        "kind": kind,
-        "player_id": session.player_id,
-        "session_id": session.session_id,
-        "connection_id": connection_id,
-        "why": why,
-    }
 
 
 def _receiver(

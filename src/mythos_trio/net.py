@@ -70,6 +70,10 @@ class Wire(Protocol):
         """Bytes that have come and were not read."""
         ...
 
+    def fileno(self) -> int:
+        """The descriptor; -1 if it is closed, or is none of the kernel's."""
+        ...
+
     def in_error(self) -> bool:
         """Whether the connection is broken or closed, as far as the kernel knows."""
         ...
@@ -146,6 +150,9 @@ class SocketWire:
         if self._closed or not _LINUX:
             return None
         return _ioctl_count(self._sock, termios.TIOCOUTQ)  # the same number as SIOCOUTQ
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
 
     def unread(self) -> int:
         return 0 if self._closed else _ioctl_count(self._sock, termios.FIONREAD)

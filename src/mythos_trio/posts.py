@@ -16,6 +16,7 @@ from attrs import frozen
 
 from mythos_trio import http1, logs
 from mythos_trio.core import names, wire
+from mythos_trio.core.commands import MAX_WAITING
 from mythos_trio.core.errors import ErrorType, Refusal, invalid
 from mythos_trio.core.messages import PublisherMessage, check_message, decode_json, make_body
 from mythos_trio.core.rates import Buckets
@@ -28,6 +29,7 @@ from mythos_trio.streams import Streams
 
 if TYPE_CHECKING:
     from mythos_trio.access import Access, Visitor
+    from mythos_trio.config import Settings
     from mythos_trio.connection import Connection
     from mythos_trio.handlers import Context
     from mythos_trio.http1 import Head
@@ -283,6 +285,11 @@ class Posts:
             )
         connection.post_at = trio.current_time()
         return connection
+
+
+def longest_request(settings: Settings) -> float:
+    """How long any request may take to be answered, in seconds: a command behind as many others as may wait."""
+    return BODY_SECONDS + settings.handler_timeout * (MAX_WAITING + 1) + ANSWER_SECONDS + settings.write_timeout
 
 
 def _target(entry: Mapping[str, Any]) -> str:

@@ -170,6 +170,15 @@ class Registrar:
         at = self._removed.get(player_id)
         return at is not None and trio.current_time() - at < REMOVED_SECONDS
 
+    @property
+    def changes(self) -> int:
+        """How many changes are under way."""
+        return len(self._changes)
+
+    def is_changing(self, player_id: str) -> bool:
+        """Whether a change of the player's session is under way."""
+        return player_id in self._changes
+
     async def current(self, player_id: str) -> SessionRow | None:
         """The player's current session as a row, live or not."""
         session = self._hub.sessions.get(player_id)

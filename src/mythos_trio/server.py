@@ -31,14 +31,15 @@ from mythos_trio.config import Settings, sqlite_path
 from mythos_trio.core.errors import DRAIN, ErrorType
 from mythos_trio.core.rates import return_ms
 from mythos_trio.dispatcher import Dispatcher, Failure
-from mythos_trio.front import Front
+from mythos_trio.front import HEAD_SECONDS, IDLE_SECONDS, Front
 from mythos_trio.game import Game, load_game
 from mythos_trio.handlers import Background, Context, GameRunner, WorldTimers
 from mythos_trio.handover import Notifier
 from mythos_trio.hub import Hub
+from mythos_trio.ledger import Bounds, Ledger
 from mythos_trio.monitor import Monitor, Stage
 from mythos_trio.net import Listener, open_listeners
-from mythos_trio.posts import Posts
+from mythos_trio.posts import Posts, longest_request
 from mythos_trio.registrar import Registrar
 from mythos_trio.seams import Clock, Randomness, SystemClock, SystemRandomness
 from mythos_trio.sqlite import SqliteDatabase
@@ -136,7 +137,8 @@ class Server:
         self.access = Access(settings, clock)
         self.registrar = Registrar(self.context)
         self.streams = Streams(self.context, self.registrar, self.access)
-        self.checker = Checker(self.context, self.registrar, self._failures)
+        self.ledger = Ledger(self.hub)
+        self.checker = Checker(self.context, self.registrar, self._failures, self.ledger.look)
         self.monitor: Monitor | None = None
         self.front: Front | None = None
         self._background = Background(self.context)
@@ -169,7 +171,14 @@ class Server:
         """Run until stopped; the exit code. Opens the store first if that has not been done."""
         recovered = self._recovered or await self.open()
         self.monitor = monitor = Monitor(
-            self.hub, self.dispatcher, self.checker, self.storage, self.statistics, self.settings, self.clock
+            self.hub,
+            self.dispatcher,
+            self.checker,
+            self.storage,
+            self.statistics,
+            self.settings,
+            self.clock,
+            self.ledger,
         )
         app = create_app(
             monitor, self.registrar, self.dispatcher, self.access, self.settings, self.settings.server_id, self.clock
@@ -177,7 +186,9 @@ class Server:
         bridge = Bridge(app, self.settings)
         self.front = self._front(bridge)
         self.context.game.bind(GameRunner(self.context))
+        self._open_ledger(listeners)
         async with trio.open_nursery() as nursery:
+            self.ledger.nursery = nursery
             nursery.start_soon(self.dispatcher.write_forever, name="writer")
             nursery.start_soon(self.dispatcher.dispatch_forever, name="dispatcher")
             await nursery.start(self.registrar.run, name="registrar")
@@ -200,6 +211,13 @@ class Server:
             nursery.cancel_scope.cancel()
         return self.exit_code
 
+    def _open_ledger(self, listeners: Sequence[Listener]) -> None:
+        self.ledger.registrar = self.registrar
+        self.ledger.ports = frozenset(listener.address[1] for listener in listeners)
+        self.ledger.bounds = Bounds(
+            handshake=HEAD_SECONDS, request=longest_request(self.settings), idle=IDLE_SECONDS + HEAD_SECONDS
+        )
+
     def _front(self, bridge: Bridge) -> Front:
         settings = self.settings
         websocket = WebSocketTransport(
@@ -219,6 +237,7 @@ class Server:
             bridge=bridge,
             clock=self.clock,
             statistics=self.statistics,
+            ledger=self.ledger,
         )
 
     # Stopping.

@@ -145,6 +145,10 @@ class LiveSession:
         return self._commands.waiting
 
     @property
+    def running_timers(self) -> int:
+        return len(self._due) + (0 if self._clock is None else self._clock.running)
+
+    @property
     def running_handler(self) -> bool:
         return self._working
 

@@ -40,6 +40,11 @@ class TimerClock:
         self._change = trio.Event()
         self._running = False
 
+    @property
+    def running(self) -> int:
+        """How many timers wait for their time."""
+        return len(self._due)
+
     def open(self) -> None:
         """The owner is there: all its timers wait their full time."""
         self._hub.clocks[self._owner] = self

@@ -15,10 +15,12 @@ from attrs import define, field
 from mythos_trio.config import Settings
 from mythos_trio.core.backlog import Replaced
 from mythos_trio.core.deliveries import Deliveries
-from mythos_trio.core.errors import ErrorType, Refusal
+from mythos_trio.core.errors import Close, ErrorType, Refusal
+from mythos_trio.core.log import Log
 from mythos_trio.core.position import Position
 from mythos_trio.core.session import State
 from mythos_trio.hub import Hub
+from mythos_trio.ledger import Ledger
 from mythos_trio.machine import Disk, Machine, Memory
 from mythos_trio.monitor import Monitor
 from mythos_trio.registrar import SwitchResult
@@ -53,6 +55,12 @@ def make_row(player_id: str, session_id: str, **more: Any) -> SessionRow:
 
 
 @define(eq=False)
+class FakeLink:
+    unsent: int = 0
+    closed: bool = False
+
+
+@define(eq=False)
 class FakeConnection:
     id: str
     transport: str
@@ -67,6 +75,9 @@ class FakeConnection:
     waiting_for: str | None = None
     last_activity: float = NOW - 1
     why: str | None = None
+    waiting_replies: int = 0
+    over: Close | None = None
+    link: FakeLink = field(factory=lambda: FakeLink())
 
     @property
     def healthy(self) -> bool:
@@ -93,6 +104,11 @@ class FakeSession:
     nursery: trio.Nursery | None = None
     finished: trio.Event = field(factory=trio.Event)
     over: bool = False
+    log: Log | None = None
+    arriving: int = 0
+    waiting_commands: int = 0
+    running_handler: bool = False
+    running_timers: int = 0
 
     @property
     def player_id(self) -> str:
@@ -235,6 +251,7 @@ class Stand:
         self.checker = FakeChecker()
         self.statistics = Statistics()
         self.machine = FakeMachine()
+        self.ledger = Ledger(self.hub)
         self.monitor = Monitor(
             self.hub,
             cast(Any, self.dispatcher),
@@ -243,6 +260,7 @@ class Stand:
             self.statistics,
             self.settings,
             self.clock,
+            self.ledger,
             self.machine,
         )
 

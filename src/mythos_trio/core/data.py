@@ -152,6 +152,10 @@ class Data(Generic[Ticket]):
         else:
             self._pending.pop(key, None)
 
+    def waiting(self) -> list[tuple[str, Ticket]]:
+        """The keys whose values are not stored yet, each with the transaction that it waits for."""
+        return [(key, entry.ticket) for key, entries in self._pending.items() for entry in entries]
+
     @property
     def pending(self) -> int:
         return sum(len(entries) for entries in self._pending.values())

@@ -35,6 +35,11 @@ class Log:
         return len(self._entries)
 
     @property
+    def bytes(self) -> int:
+        """Of the messages' bodies."""
+        return self._bytes
+
+    @property
     def head(self) -> int:
         """The index that the next message will have."""
         return self._first + len(self._entries)

@@ -96,6 +96,11 @@ def disk(free_bytes: int, total_bytes: int) -> Finding:
     return FINE
 
 
+def leaks(count: int) -> Finding:
+    """*count* things of what is over are left: harmless one by one, but it is a bug, and they gather."""
+    return Finding(Status.DEGRADED, f"{count} leaks: /monitoring/tasks names them") if count else FINE
+
+
 def connections(healthy: int, unhealthy: int) -> Status:
     """All connections taken together: one bad client does not make the server bad."""
     if unhealthy == 0:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import itertools
 from collections import deque
+from weakref import WeakSet
 
 import trio
 from attrs import define, field
@@ -139,6 +140,9 @@ class MemoryWire:
         self._move()
         return 0 if self.closed else len(self._in.arrived)
 
+    def fileno(self) -> int:
+        return -1
+
     def in_error(self) -> bool:
         self._move()
         return self.closed or self.error is not None
@@ -248,6 +252,14 @@ def wire_pair(
     return ours, theirs
 
 
+_listeners: WeakSet[MemoryListener] = WeakSet()
+
+
+def open_wires() -> list[MemoryWire]:
+    """The accepted ends, of all listeners that somebody still holds, that were not closed."""
+    return [wire for listener in list(_listeners) for wire in listener.open_wires]
+
+
 class MemoryListener:
     """A listening socket in memory: a `mythos_trio.net.Listener`."""
 
@@ -260,6 +272,7 @@ class MemoryListener:
         self._waiting: deque[MemoryWire] = deque()
         self._failures: deque[OSError] = deque()
         self._changed = trio.Event()
+        _listeners.add(self)
 
     @property
     def open_wires(self) -> list[MemoryWire]:
