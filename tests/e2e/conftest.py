@@ -10,6 +10,7 @@ from typing import Protocol
 import pytest
 
 from tests.e2e.servers import PUPPET, Server
+from tests.support.nothing_left import shared_ports
 
 HERE = Path(__file__).parent
 
@@ -28,16 +29,16 @@ class Make(Protocol):
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
-    yield from _maker(tmp_path)
+    yield from _maker(tmp_path, shared=False)
 
 
 @pytest.fixture(scope="module")
 def make_shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
     """The same for a server that the tests of a module share."""
-    yield from _maker(tmp_path_factory.mktemp("shared"))
+    yield from _maker(tmp_path_factory.mktemp("shared"), shared=True)
 
 
-def _maker(above: Path) -> Iterator[Make]:
+def _maker(above: Path, *, shared: bool) -> Iterator[Make]:
     with ExitStack() as stack:
         count = 0
 
@@ -49,6 +50,8 @@ def _maker(above: Path) -> Iterator[Make]:
             directory.mkdir(exist_ok=True)
             server = Server(directory, game=game, **settings)
             stack.callback(server.close)
+            if shared:
+                shared_ports.add(server.port)
             return server
 
         yield make

@@ -15,14 +15,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import psutil
 
-from mythos_trio.config import SPECS
+from mythos_trio.access import Access
+from mythos_trio.config import SPECS, Settings
+from mythos_trio.seams import SystemClock
+from tests.support.nothing_left import shared_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 PUPPET = "tests.e2e.games:Puppet"
 DUEL = "tests.e2e.games:Duel"
 START_SECONDS = 15.0
 WAIT_SECONDS = 10.0
+# Opened when they are first needed: the log's and the store's files, and Trio's threads for the store.
+LATER_DESCRIPTORS = 0
+STORE_THREADS = 3
 
 T = TypeVar("T")
 
@@ -71,6 +78,7 @@ class Server:
         self.port = free_port()
         self.settings = settings
         self.process: subprocess.Popen[bytes] | None = None
+        self._base = 0, 0
         self.url = f"http://localhost:{self.port}"
         self.ws_url = f"ws://localhost:{self.port}"
         self.http = httpx.Client(base_url=self.url, trust_env=False, timeout=20.0)
@@ -105,6 +113,7 @@ class Server:
         """Start the process and wait until it is ready."""
         self.launch()
         wait_until(self._ready, "the server is ready", START_SECONDS)
+        self._base = self._own_descriptors(self._tasks()), psutil.Process(self.pid).num_threads()
         return self
 
     def _ready(self) -> bool:
@@ -140,13 +149,58 @@ class Server:
         return self.wait_exit()
 
     def close(self) -> None:
-        """End it, whatever state it is in, and show what it said: pytest shows that of failed tests."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait(START_SECONDS)
-            self.process = None
-        self.http.close()
-        print(f"--- console of the server on port {self.port}\n{self.stderr()[-4000:]}")
+        """End it, whatever state it is in, and show what it said: pytest shows that of failed tests.
+
+        One that runs is asked for its leaks first: an AssertionError if there are any.
+        """
+        try:
+            if self.process is not None and self.process.poll() is None:
+                self.check_leaks()
+        finally:
+            if self.process is not None:
+                self.process.kill()
+                self.process.wait(START_SECONDS)
+                self.process = None
+            self.http.close()
+            shared_ports.discard(self.port)
+            print(f"--- console of the server on port {self.port}\n{self.stderr()[-4000:]}")
+
+    def check_leaks(self) -> None:
+        """Nothing is left in the server of what is over, once it is quiet: leaks, descriptors, threads."""
+        left: list[str] = []
+        for _ in range(3):
+            left = self._left()
+            if not left:
+                return
+            time.sleep(1)
+        raise AssertionError(f"left behind in the server on port {self.port}: {left}")
+
+    def _left(self) -> list[str]:
+        answer = self._tasks()
+        left = [f"a leak: {leak}" for leak in answer["leaked"]]
+        own, threads = self._own_descriptors(answer), psutil.Process(self.pid).num_threads()
+        if own > self._base[0] + LATER_DESCRIPTORS:
+            names = [f"{fd.name} -> {os.readlink(fd)}" for fd in Path(f"/proc/{self.pid}/fd").iterdir()]
+            left.append(f"{own} descriptors beside those of clients; at its start it had {self._base[0]}: {names}")
+        if threads > self._base[1] + STORE_THREADS:
+            left.append(f"{threads} threads; at its start it had {self._base[1]}")
+        return left
+
+    def _tasks(self) -> dict[str, Any]:
+        """``/monitoring/tasks``, as an admin where tokens are asked for."""
+        secret = self.settings.get("SECRET_KEY")
+        headers = {}
+        if secret is not None:
+            token = Access(Settings(secret_key=secret), SystemClock()).issue(None, ["admin"], 60)
+            headers["Authorization"] = f"Bearer {token}"
+        answer = self.http.get("/monitoring/tasks", headers=headers)
+        assert answer.status_code == 200, answer.text
+        body: dict[str, Any] = answer.json()
+        return body
+
+    def _own_descriptors(self, tasks: dict[str, Any]) -> int:
+        links: int = sum(tasks["server"]["links"].values())
+        return int(tasks["server"]["descriptors"]) - links
 
     # What it says.
 
