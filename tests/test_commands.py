@@ -11,6 +11,7 @@ import trio
 from trio.testing import MockClock
 from wsproto.events import BytesMessage
 
+from mythos_trio.sse import MAX_CHATTER
 from tests.support.games import Disk, Puppet
 from tests.support.play import Client, WebSocketClient, World, play
 
@@ -351,6 +352,34 @@ async def test_too_many_commands_are_refused_and_then_the_connection_ends(
         assert (said["code"], said["reconnect"], said["retry_ms"] > 0) == (4029, True, True)
         assert ann.closed == (4029, said["reason"])
         assert len(game.ran) == 11
+
+
+@pytest.mark.parametrize("frames", [b"\x89\x80\0\0\0\0" * 600, b"\x01\x80\0\0\0\0" + b"\0\x80\0\0\0\0" * 600])
+async def test_too_many_frames_of_any_kind_end_the_connection(
+    tmp_path: Path, autojump_clock: MockClock, frames: bytes
+) -> None:
+    """Pings, and fragments of a message that does not grow."""
+    async with play(tmp_path / "m.db", game=Puppet(), rate_limit_requests=10, rate_limit_window=10) as world:
+        ann = await entered(world)
+        await ann.send_all(frames)
+        await trio.sleep(10)  # the bucket is full again
+        assert (await world.request("GET", "/api/connections/stats"))[1]["total_connections"] == 1
+        await ann.send_all(frames[-600 * 6 :] * 2)
+        said = await ann.until_over()
+        assert said is not None
+        assert (said["code"], said["reconnect"], said["retry_ms"] > 0) == (4029, True, True)
+
+
+async def test_who_talks_for_ever_on_an_event_stream_is_sent_away(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with play(tmp_path / "m.db", game=Puppet()) as world:
+        ann = await world.sse("ann")
+        await ann.send_all(bytes(MAX_CHATTER))
+        await trio.sleep(1)
+        assert (await world.request("GET", "/api/connections/stats"))[1]["total_connections"] == 1
+        await ann.send_all(b"x")
+        said = await ann.until_over()
+        assert said is not None
+        assert said["code"] == 1009
 
 
 async def test_retry_after_is_told_over_http(tmp_path: Path, autojump_clock: MockClock) -> None:

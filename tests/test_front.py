@@ -680,6 +680,23 @@ async def test_a_full_door_opens_when_a_handshake_is_done(door: Door, autojump_c
         stream.wire.close()
 
 
+async def test_of_kept_connections_the_one_idle_longest_makes_room(door: Door, settings: Settings) -> None:
+    kept = []
+    for _ in range(settings.connection_pool_size):
+        kept.append(door.connect(post(b"x")))
+        await kept[-1].receive_until(b"1")
+    await kept[0].send_all(post(b"xy"))  # so the next has been idle longest
+    await kept[0].receive_until(b"2")
+    newcomer = door.connect(post(b"xyz"))
+    await newcomer.receive_until(b"3")
+    assert await kept[1].receive_all() == b""
+    kept[1].wire.close()
+    await trio.testing.wait_all_tasks_blocked()
+    assert len(door.listener.open_wires) == settings.connection_pool_size
+    for stream in [*kept, newcomer]:
+        stream.wire.close()
+
+
 # Stopping.
 
 

@@ -484,6 +484,25 @@ async def test_pushed_back_bytes_are_scanned_too(pair: Pair) -> None:
     assert pongs == [b"early"]
 
 
+async def test_frames_are_counted_as_they_come(pair: Pair) -> None:
+    counts: list[int] = []
+    pair.link.scanner, pair.link.on_frames = FrameScanner(100), counts.append
+    for data in (frame(9, b"?") * 3, frame(0, b"", fin=False)[:4], frame(0, b"", fin=False)[4:]):
+        pair.client.send(data)
+        await pair.link.receive_some()
+    assert counts == [3, 1]
+
+
+async def test_what_comes_after_the_last_words_is_not_looked_at(pair: Pair) -> None:
+    counts: list[int] = []
+    pair.link.scanner, pair.link.on_frames = FrameScanner(100), counts.append
+    pair.link.last_words(b"\x88\x00", CLOSED)
+    pair.client.send(frame(1, bytes(200)))
+    pair.client.send_eof()
+    await pair.link.linger()
+    assert (counts, pair.link.violation) == ([], None)
+
+
 async def test_a_close_frame_going_out_ends_try_send(pair: Pair) -> None:
     await pair.link.send_all(b"\x88 in an answer over HTTP means nothing")
     assert pair.link.try_send(b"yes")

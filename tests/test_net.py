@@ -6,13 +6,16 @@ import errno
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 from trio.testing import MockClock
 
+from mythos_trio import net
 from mythos_trio.net import PortTaken, SocketListener, SocketWire, Wire, open_listeners, plain_address
+from tests.support import cables
 from tests.support.memory_net import KERNEL, MemoryListener, MemoryStream, MemoryWire, wire_pair
 
 LINUX = sys.platform == "linux"
@@ -351,3 +354,25 @@ async def test_the_listener_in_memory() -> None:
         await listener.accept()
     with pytest.raises(ConnectionRefusedError):
         listener.connect()
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc and filters packets")
+async def test_the_kernel_does_not_keep_for_long_what_a_vanished_client_was_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(net, "FAREWELL_SECONDS", 0.3)
+    (listener,) = open_listeners("127.0.0.1", 0)
+    with socket.create_connection(listener.address) as client:
+        server = await listener.accept()
+        listener.close()
+        cables.cut(client)
+        assert server.send(b"farewell") == 8
+        ports = f":{server.local[1]:04X} ", f":{server.peer_port:04X} "
+        server.close()
+
+        def kept() -> bool:
+            lines = Path("/proc/net/tcp").read_text().splitlines()
+            return any(ports[0] in line[:22] and ports[1] in line[:36] for line in lines)
+
+        assert kept()
+        await eventually(lambda: not kept())

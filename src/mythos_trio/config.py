@@ -451,8 +451,9 @@ class Settings:
     connection_pool_size: int = _setting(
         1000,
         Count(1, 100_000, "handshakes"),
-        "How many handshakes may be under way at once.",
-        "Further sockets wait in the system's listen queue; the oldest handshake is ended if it is slow.",
+        "How many handshakes may be under way at once, and how many connections kept for a next request.",
+        "Further sockets wait in the system's listen queue; the oldest handshake is ended if it is slow."
+        " Of kept connections the one idle longest is closed.",
     )
     max_message_size: int = _setting(
         65536,
@@ -524,7 +525,8 @@ class Settings:
     rate_limit_requests: int = _setting(
         100,
         Count(1, 1_000_000, "requests"),
-        "How many commands a player, and how many connects an address, may make in RATE_LIMIT_WINDOW.",
+        "How many commands a player, and how many connects an address, may make in RATE_LIMIT_WINDOW."
+        " Of WebSocket frames of any kind a player may send 100 times as many.",
         "Error reply or 429 with Retry-After; who goes on is disconnected (4029).",
     )
     rate_limit_window: float = _setting(

@@ -198,7 +198,8 @@ class Front:
         self._handshakes: dict[_Handshake, None] = {}
         self._room = trio.Event()
         self._idle: dict[trio.CancelScope, tuple[Link, int]] = {}
-        """Kept connections that wait for a request, and what they had received when they began to."""
+        """Kept connections that wait for a request, and what they had received when they began to. The first
+        has waited longest."""
         self._answering = 0
         self._answered = trio.Event()
         self._exhausted = _Episode()
@@ -344,6 +345,11 @@ class Front:
         """The head of another request on the same connection. None: there is none, or it was refused."""
         if self._draining:
             return None
+        if len(self._idle) >= self._settings.connection_pool_size:
+            # Else whoever keeps thousands takes everybody's descriptors for IDLE_SECONDS.
+            longest = next(iter(self._idle))
+            del self._idle[longest]
+            longest.cancel()
         begun = b""
         with trio.CancelScope(deadline=trio.current_time() + IDLE_SECONDS) as scope:
             self._idle[scope] = link, link.received_bytes
@@ -352,8 +358,8 @@ class Front:
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return None  # the client has gone
             finally:
-                del self._idle[scope]
-        # Nothing: it has been idle for too long, the server is draining, or the client has left.
+                self._idle.pop(scope, None)
+        # Nothing: it has been idle for too long, or makes room, the server is draining, or the client has left.
         return await self._read_head(link, begun) if begun else None
 
     async def _read_head(self, link: Link, begun: bytes = b"") -> Head | None:

@@ -89,6 +89,7 @@ class Link(trio.abc.HalfCloseableStream):
         "lingers_until",
         "on_closed",
         "on_end",
+        "on_frames",
         "on_pong",
         "on_violation",
         "received_bytes",
@@ -134,6 +135,8 @@ class Link(trio.abc.HalfCloseableStream):
         self.scanner: FrameScanner | None = None
         """Looks over what is received before the receiver sees it."""
         self.on_pong: Callable[[bytes], None] | None = None
+        self.on_frames: Callable[[int], None] | None = None
+        """Told how many frames have begun in what was just received."""
         self.on_violation: Callable[[Close], None] | None = None
         self.violation: Close | None = None
         """What `on_violation` was told, or would have been: it may happen before anybody listens."""
@@ -256,6 +259,7 @@ class Link(trio.abc.HalfCloseableStream):
         Nobody else may be receiving. Never raises but Cancelled; the link is closed afterwards.
         """
         self.lingers_until = trio.current_time() + seconds
+        self.scanner = None  # what is dropped need not be understood
         try:
             with trio.move_on_after(seconds):
                 await self.send_eof()
@@ -449,6 +453,7 @@ class Link(trio.abc.HalfCloseableStream):
     def _inspect(self, scanner: FrameScanner, data: bytes) -> bytes:
         """Let *scanner* see *data*, tell what it saw; what of *data* may be handed over."""
         kept = b"" if self._hushed else data
+        frames = scanner.frames
         for event in scanner.feed(data):
             if isinstance(event, Pong):
                 if self.on_pong is not None:
@@ -459,6 +464,8 @@ class Link(trio.abc.HalfCloseableStream):
                 self._hushed = True
                 kept = data[: event.before]
                 self._tell_violation(TOO_BIG if isinstance(event, TooBig) else BINARY)
+        if self.on_frames is not None and scanner.frames > frames:
+            self.on_frames(scanner.frames - frames)
         return kept
 
     def _tell_violation(self, close: Close) -> None:

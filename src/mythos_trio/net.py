@@ -28,6 +28,9 @@ BACKLOG: Final = 4096
 # States in which a TCP connection has no error: ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT,
 # LAST_ACK, CLOSING (linux/include/net/tcp_states.h). A reset or timed out one is in CLOSE (7).
 _HEALTHY_STATES: Final = frozenset({1, 4, 5, 8, 9, 11})
+# How long the kernel may go on trying to deliver what it had taken when the socket was closed. Left to itself it
+# keeps the bytes of a client that has vanished, or does not read, for a minute and three quarters or more.
+FAREWELL_SECONDS: Final = 10.0
 # How often another free port is tried if port 0 gave one that is taken on the other address.
 _PORT_TRIES: Final = 20
 
@@ -171,6 +174,8 @@ class SocketWire:
 
     def close(self) -> None:
         if not self._closed:
+            if _LINUX:
+                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(FAREWELL_SECONDS * 1000))
             trio.lowlevel.notify_closing(self._sock)
             self._sock.close()
 

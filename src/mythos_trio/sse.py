@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from mythos_trio import http1
 from mythos_trio.core import wire
-from mythos_trio.core.errors import BUSY, RATE, Close, ErrorType, Refusal
+from mythos_trio.core.errors import BUSY, RATE, TOO_BIG, Close, ErrorType, Refusal
 
 if TYPE_CHECKING:
     from mythos_trio.access import Access
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # How long a browser waits before it comes back by itself, unless it was told otherwise.
 RETRY_MS: Final = 1000
+
+# What a client may say on its event stream, where nothing has a meaning.
+MAX_CHATTER: Final = 64 * 1024
 
 _LEFT: Final = Close(1000, "the client left", ErrorType.CONNECTION)
 
@@ -92,7 +95,11 @@ class SSEChannel:
         self.left_with: Close | None = None
 
     async def read(self, connection: Connection) -> None:
-        """Until the client leaves. What it sends has no meaning here and is dropped."""
-        while await connection.link.receive_some():
-            pass
+        """Until the client leaves. What it sends has no meaning here and is dropped, up to a bound."""
+        link = connection.link
+        most = link.received_bytes + MAX_CHATTER
+        while await link.receive_some():
+            if link.received_bytes > most:
+                connection.end(TOO_BIG)
+                return
         self.left_with = _LEFT

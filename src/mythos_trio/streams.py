@@ -51,6 +51,9 @@ HEARTBEAT_SECONDS: Final = 30.0
 # Who was heard of within this time is surely alive: no need to ask before refusing a newcomer.
 HEARD_SECONDS: Final = 5.0
 PROBE_RETRY_MS: Final = 2000
+# For each command that the rate allows, so many WebSocket frames of any kind: pings, fragments,
+# acknowledgements, nonsense. Each costs the server more than the client, about as much as a message sent.
+FRAMES_A_COMMAND: Final = 100
 
 
 class Channel(Protocol):
@@ -130,6 +133,7 @@ class Streams:
         self._connects = Buckets(settings.rate_limit_requests, settings.rate_limit_window)
         self._commands = Buckets(settings.rate_limit_requests, settings.rate_limit_window)
         self._abuse = Buckets(settings.rate_limit_requests, settings.rate_limit_window)
+        self._frames = Buckets(settings.rate_limit_requests * FRAMES_A_COMMAND, settings.rate_limit_window)
         self._nursery: trio.Nursery | None = None
         self._arriving = 0
         self._lingering = 0
@@ -552,6 +556,12 @@ class Streams:
             )
 
     # What clients say, on either transport.
+
+    def count_frames(self, connection: Connection, frames: int) -> None:
+        """So many frames have come. Beyond the rate the connection ends."""
+        wait = self._frames.take(connection.player_id, trio.current_time(), frames)
+        if wait:
+            connection.end(RATE, retry_ms=int(wait * 1000) + 1)
 
     async def hear(self, connection: Connection, request: ClientRequest) -> None:
         """Carry out one request of a live connection; errors are replies."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from base64 import b64encode
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -42,6 +43,8 @@ SUBPROTOCOLS: Final = ("mythos-protocol", "bearer")
 # RFC 6455, section 1.3.
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 RECEIVE_BYTES: Final = 4096
+# trio-websocket parses all frames of a piece in one go: 4 KiB of empty fragments would stop everybody for 35 ms.
+PARSED_BYTES: Final = 1024
 # The largest payload that is taken here: so much may wait for the rest of a frame.
 SMALL: Final = 8192
 # What trio-websocket is told of the handshake, which has been answered long ago.
@@ -120,20 +123,21 @@ class WebSocketChannel:
         data = b""
         while more := await link.receive_some(RECEIVE_BYTES):
             data += more
-            at = 0
+            at = taken = 0
             try:
                 while connection.over is None and (frame := frames.take_frame(data, at, most)) is not None:
                     if frame[0] == frames.TEXT:
                         await self._hear(connection, frame[1])
                     elif self._control(connection, *frame[:2]):
                         return
-                    at = frame[2]
+                    at, taken = frame[2], taken + 1
                     if at < len(data):
                         # Handlers run meanwhile: else commands that come together would find the queue full.
                         await trio.lowlevel.checkpoint()
             except Unusual:
                 await self._take_over(connection, data[at:])
                 return
+            self._streams.count_frames(connection, taken)
             if connection.over is not None:
                 return
             data = data[at:]
@@ -166,6 +170,7 @@ class WebSocketChannel:
         link = self._link
         link.scanner = FrameScanner(self._max_message_size)
         link.on_pong = connection.ponged
+        link.on_frames = partial(self._streams.count_frames, connection)
         link.on_violation = connection.end
         link.push_back(rest)
         stream = _Taken(link)
@@ -173,7 +178,7 @@ class WebSocketChannel:
             # trio-websocket counts characters, and only when they have come: the link's scanner
             # counts bytes, from the frame's header on.
             request = await wrap_server_stream(
-                nursery, stream, max_message_size=self._max_message_size, receive_buffer_size=RECEIVE_BYTES
+                nursery, stream, max_message_size=self._max_message_size, receive_buffer_size=PARSED_BYTES
             )
             websocket = await request.accept()
             stream.accepted.set()

@@ -220,3 +220,12 @@ def test_closing_words(payload: bytes, words: tuple[int, str]) -> None:
 def test_malformed_closing_words(payload: bytes) -> None:
     with pytest.raises(Unusual):
         closing_words(payload)
+
+
+@pytest.mark.parametrize("pieces", [1, 5, None])
+def test_all_frames_are_counted(pieces: int | None) -> None:
+    data = frame(TEXT, b"a", fin=False) + frame(PING, b"?") + frame(CONTINUATION) + frame(PONG) + frame(CLOSE)
+    scanner = FrameScanner(1000, skip=3)
+    for at in range(0, len(data) + 3, pieces or 1000):
+        scanner.feed((b"xyz" + data)[at : at + (pieces or 1000)])
+    assert scanner.frames == 5

@@ -69,3 +69,11 @@ def test_many_browsers_that_are_cut_off_come_back_at_different_times_and_soon() 
     assert max(times) <= FIRST_RETURN_MS + 2000
     assert max(Counter(time // 100 for time in times).values()) < 1000 / 5
     assert cut_off_ms(1_000_000, 1.0) == FIRST_RETURN_MS + LONGEST_SPREAD_MS
+
+
+def test_many_are_taken_together_or_not_at_all() -> None:
+    buckets = Buckets(10, 5.0)
+    assert buckets.take("ann", 0.0, 7) == 0.0
+    assert buckets.take("ann", 0.0, 5) == pytest.approx(1.0)
+    assert buckets.take("ann", 0.0, 3) == 0.0
+    assert buckets.take("ann", 100.0, 11) > 0.0

@@ -126,6 +126,8 @@ class FrameScanner:
     max_message_bytes: int
     skip: int = 0
     violated: bool = field(default=False, init=False)
+    frames: int = field(default=0, init=False)
+    """Whose header has come, of all kinds."""
     _header: bytearray = field(factory=bytearray, init=False)
     _payload: bytearray | None = field(default=None, init=False)
     """A pong's payload as far as it has come."""
@@ -169,6 +171,7 @@ class FrameScanner:
         return at
 
     def _begin_frame(self, before: int, events: list[Event]) -> None:
+        self.frames += 1
         header = self._header
         self._opcode = header[0] & 0x0F
         self._remaining = _payload_size(header)

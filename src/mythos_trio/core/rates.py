@@ -43,14 +43,14 @@ class Bucket:
     left: float
     at: float
 
-    def take(self, now: float, count: int, seconds: float) -> float:
-        """Take one; 0 if there was one, else the seconds after which there will be."""
+    def take(self, now: float, count: int, seconds: float, wanted: int = 1) -> float:
+        """Take *wanted*; 0 if there were as many, else the seconds after which there will be."""
         self.left = min(count, self.left + (now - self.at) * count / seconds)
         self.at = now
-        if self.left >= 1:
-            self.left -= 1
+        if self.left >= wanted:
+            self.left -= wanted
             return 0.0
-        return (1 - self.left) * seconds / count
+        return (wanted - self.left) * seconds / count
 
 
 class Buckets:
@@ -63,8 +63,8 @@ class Buckets:
         self._max_keys = max_keys
         self._buckets: OrderedDict[str, Bucket] = OrderedDict()
 
-    def take(self, key: str, now: float) -> float:
-        """Take one of *key*'s; 0 if there was one, else the seconds after which there will be."""
+    def take(self, key: str, now: float, wanted: int = 1) -> float:
+        """Take *wanted* of *key*'s; 0 if there were as many, else the seconds after which there will be."""
         bucket = self._buckets.get(key)
         if bucket is None:
             bucket = self._buckets[key] = Bucket(self._count, now)
@@ -72,4 +72,4 @@ class Buckets:
                 self._buckets.popitem(last=False)
         else:
             self._buckets.move_to_end(key)
-        return bucket.take(now, self._count, self._seconds)
+        return bucket.take(now, self._count, self._seconds, wanted)
