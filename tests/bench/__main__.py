@@ -78,7 +78,7 @@ def measure(options: argparse.Namespace, report: Report, console: Console) -> No
     )
     with tempfile.TemporaryDirectory(prefix="bench-") as directory, Progress(*columns, console=console) as progress:
         scratch = Path(directory)
-        programs = build(scratch)
+        programs = build(scratch, quick=options.quick)
         report.programs(programs)
         if options.quick:
             check_counting(programs)

@@ -11,7 +11,7 @@
  *   load idle      players come and stay until standard input ends
  *   load resume    players come, go, miss messages and come back all at once
  *
- * The result is one JSON object on standard output. Processor time is measured here, right around the measured
+ * The result is one JSON object on standard output; the connections stay until standard input ends. Processor time is measured here, right around the measured
  * part: the server's by its process's clock (all threads, also those that have ended), in microseconds. After the
  * last delivery there is a pause that belongs to the measured processor time, so that what a server puts off
  * (logs, notes) counts as well.
@@ -82,7 +82,7 @@ static struct {
          .settle_ms = -1};
 
 static Conn *conns;
-static int conn_count, ready, ep, messages_room, publishers_from;
+static int conn_count, ready, opening, ep, messages_room, publishers_from;
 static Message *messages;
 static uint32_t published, answered, inflight, wrong, duplicates, refused, closed_early, measured_from;
 static uint64_t delivered, deliveries_wanted, random_state = 88172645463325252ULL;
@@ -171,6 +171,7 @@ static void keep(char **buffer, size_t *size, size_t *room, const void *data, si
 
 static void shut(Conn *c) {
     if (c->fd >= 0) close(c->fd);
+    if (c->fd >= 0 && c->state < READY) opening--;
     c->fd = -1;
     c->state = DEAD;
     c->in_size = c->out_size = 0;
@@ -227,6 +228,7 @@ static void open_connection(Conn *c) {
     from.sin_addr.s_addr = htonl(0x7f000002u + (uint32_t)(source_address++ % 200));
     if (bind(c->fd, (struct sockaddr *)&from, sizeof from)) die("bind: %s", strerror(errno));
     c->state = CONNECTING;
+    opening++;
     c->in_size = c->out_size = 0;
     c->busy = 0;
     c->began = now();
@@ -234,12 +236,18 @@ static void open_connection(Conn *c) {
     watch(c, EPOLL_CTL_ADD, EPOLLIN | EPOLLOUT);
 }
 
+static void opened(Conn *c) {
+    c->state = READY;
+    opening--;
+    if (!c->publisher) ready++;
+}
+
 static void say_hello(Conn *c) {
     char head[1024], path[200], query[200] = "";
     const char *upgrade = "Upgrade: websocket\r\nConnection: Upgrade\r\n"
                           "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n";
     if (c->kind == HTTP) {
-        c->state = READY;
+        opened(c);
         return;
     }
     if (c->position[0]) snprintf(query, sizeof query, "?session_id=%s&position=%s", c->session, c->position);
@@ -453,11 +461,6 @@ static void join_room(Conn *c) {
     put_frame(c, 1, text, sprintf(text, form, c->player / opt.room_size));
 }
 
-static void opened(Conn *c) {
-    c->state = READY;
-    if (!c->publisher) ready++;
-}
-
 static void message_text(Conn *c, const char *text, size_t size, double t) {
     if (!strcmp(opt.dialect, "socketio") && c->kind == WS) {
         char answer[64];
@@ -578,7 +581,7 @@ static size_t read_some(Conn *c, char *data, size_t size, double t) {
             lost(c, "refused");
             return size;
         }
-        if (c->publisher) c->state = READY;
+        if (c->publisher) opened(c);
         else c->state = OPENING;
     }
     switch (c->kind) {
@@ -652,10 +655,16 @@ static void measure_from_here(void) {
     before.wall = last_arrival = next_due = now();
 }
 
+static void stay(void) { /* pings are answered until standard input ends */
+    struct pollfd input = {.fd = 0, .events = POLLIN};
+    while (poll(&input, 1, 0) == 0) turn(now() + 0.05);
+}
+
 static int report(uint64_t units, uint64_t wanted, const char *more) {
     double wall = last_arrival - before.wall;
     double own = cpu_of(0) - before.own;
     pause_for(PAUSE_SECONDS);
+    measuring = publishing = 0;
     double server = opt.pid ? cpu_of(opt.pid) - before.server : 0;
     double user = opt.pid ? user_of(opt.pid) - before.user : 0;
     double per = units ? 1e6 / units : 0;
@@ -666,23 +675,21 @@ static int report(uint64_t units, uint64_t wanted, const char *more) {
            (unsigned long long)units, (unsigned long long)wanted, wall, wall > 0 ? units / wall : 0, server,
            server * per, user * per, own * per, wall > 0 ? own / wall : 0, percentile(0.5), percentile(0.99), percentile(1),
            published - measured_from, wrong, duplicates, refused, closed_early, whole ? "true" : "false", more);
+    fflush(stdout);
+    stay();
     return whole ? 0 : 1;
 }
 
-static void connect_range(int from, int to, double deadline) {
-    int next = from, done = 0;
-    while (done < to - from) {
-        int pending = 0;
-        done = 0;
-        for (int i = from; i < next; i++) {
-            done += conns[i].state == READY;
-            pending += conns[i].state < READY;
-        }
-        while (next < to && pending < opt.concurrency) open_connection(&conns[next++]), pending++;
+static void connect_all(void) {
+    double deadline = now() + opt.timeout;
+    for (int next = 0; next < conn_count || opening;) {
+        while (next < conn_count && opening < opt.concurrency) open_connection(&conns[next++]);
+        turn(now() + 0.05);
         if (closed_early) die("%u connections were not opened", closed_early);
-        if (now() > deadline) die("only %d of %d connections are ready", done, to - from);
-        if (done < to - from) turn(now() + 0.05);
+        if (now() > deadline) die("%d of %d connections are not open after %.0f s", conn_count - next + opening, conn_count,
+                                  opt.timeout);
     }
+    pause_for(opt.settle_ms >= 0 ? opt.settle_ms / 1000.0 : SETTLE_SECONDS);
 }
 
 static void prepare(void) {
@@ -703,11 +710,6 @@ static void prepare(void) {
         if (!strcmp(opt.mode, "resume")) most = opt.missed;
         if (!c->publisher && (opt.target == ALL || !strcmp(opt.mode, "resume"))) c->got = calloc(most / 64 + 1, 8);
     }
-}
-
-static void connect_all(void) {
-    connect_range(0, conn_count, now() + opt.timeout);
-    pause_for(opt.settle_ms >= 0 ? opt.settle_ms / 1000.0 : SETTLE_SECONDS);
 }
 
 static void finish(double deadline) { /* until all that was sent is answered and delivered */
@@ -794,11 +796,8 @@ static int run_idle(void) {
     connect_all();
     printf("{\"connections\":%d}\n", ready);
     fflush(stdout);
-    for (;;) { /* pings are answered until standard input ends */
-        struct pollfd input = {.fd = 0, .events = POLLIN};
-        if (poll(&input, 1, 0) > 0) return closed_early ? 1 : 0;
-        turn(now() + 0.05);
-    }
+    stay();
+    return closed_early ? 1 : 0;
 }
 
 static void publish_missed(void) { /* in batches of 500, one message of each player after the other */

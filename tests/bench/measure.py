@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -53,9 +54,10 @@ class Programs:
     node_modules: Path
     server_cpus: frozenset[int]
     load_cpus: frozenset[int]
+    load_options: tuple[str, ...] = ()
 
 
-def build(directory: Path) -> Programs:
+def build(directory: Path, *, quick: bool = False) -> Programs:
     """Compile the load generator and the floor into *directory*."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
@@ -68,10 +70,10 @@ def build(directory: Path) -> Programs:
     if modules is None or shutil.which("node") is None:
         raise BenchFailed("node, and ws in the directory MYTHOS_NODE_MODULES, are needed: nox -s bench sees to that")
     cpus = sorted(os.sched_getaffinity(0))
-    if len(cpus) == 1:
-        return Programs(directory / "load", directory / "raw", Path(modules), frozenset(cpus), frozenset(cpus))
-    # The load generator has the last one for itself, so that neither runs on the other's time.
-    return Programs(directory / "load", directory / "raw", Path(modules), frozenset(cpus[:-1]), frozenset(cpus[-1:]))
+    # The load generator has the last processor for itself, so that neither runs on the other's time.
+    last, others = frozenset(cpus[-1:]), frozenset(cpus[:-1] or cpus)
+    options = ("--settle-ms", "50") if quick else ()
+    return Programs(directory / "load", directory / "raw", Path(modules), others, last, options)
 
 
 @frozen
@@ -150,38 +152,40 @@ class Running:
         return f"http://127.0.0.1:{self.port}"
 
     def load(self, mode: object, *arguments: object, seconds: float = RUN_SECONDS) -> dict[str, Any]:
-        """Run the load generator to its end; what it says.
+        """Run the load generator; what it says, and, of ours, `lag` before the connections end.
 
         :raises BenchFailed: it failed, or some message did not come exactly once.
         """
-        words = self._words(mode, arguments)
-        # What waits for no input must not find any.
-        done = subprocess.run(
-            words, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, preexec_fn=self._pin, check=False
-        )
-        if done.returncode:
-            raise BenchFailed(
-                f"{self.peer.name}: {' '.join(words[1:])}\n{done.stdout.decode()}{done.stderr.decode()}{self.words()}"
-            )
-        answer: dict[str, Any] = json.loads(done.stdout)
-        return answer
+        with self._generator(mode, arguments, seconds) as answer:
+            return {**answer, "lag": self.lag() if self.peer.name == OURS else {}}
 
     @contextmanager
     def idle(self, *arguments: object, seconds: float = RUN_SECONDS) -> Iterator[int]:
         """Connections that stay as long as the context; their number."""
-        words = self._words("idle", arguments)
-        process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=self._pin, bufsize=0
-        )
+        with self._generator("idle", arguments, seconds) as answer:
+            yield answer["connections"]
+
+    @contextmanager
+    def _generator(self, mode: object, arguments: tuple[object, ...], seconds: float) -> Iterator[dict[str, Any]]:
+        """The load generator, from its result until it has ended."""
+        words = self._words(mode, arguments)
+        complaints = self.directory / "load.txt"
+        with complaints.open("wb") as err:
+            process = subprocess.Popen(
+                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, preexec_fn=self._pin
+            )
+        assert process.stdin is not None
         assert process.stdout is not None
         try:
-            line = process.stdout.readline()  # bounded: the generator has its own --timeout
-            if not line:
-                raise BenchFailed(f"{self.peer.name}: {' '.join(words[1:])} ended early\n{self.words()}")
-            yield int(json.loads(line)["connections"])
-            process.communicate(b"end\n", timeout=seconds)
-            if process.returncode:
-                raise BenchFailed(f"{self.peer.name}: idle connections were closed\n{self.words()}")
+            there, _, _ = select.select([process.stdout], [], [], seconds)
+            line = process.stdout.readline() if there else b"(nothing in time)"
+            answer = json.loads(line) if line.startswith(b"{") else None
+            if answer is not None and answer.get("whole", True):
+                yield answer
+            process.stdin.close()
+            if answer is None or process.wait(seconds):
+                said = f"{line.decode()}{complaints.read_text(errors='replace')}"
+                raise BenchFailed(f"{self.peer.name}: {' '.join(words[1:])}\n{said}\n{self.words()}")
         finally:
             process.kill()
             process.wait(10)
@@ -189,7 +193,7 @@ class Running:
 
     def _words(self, mode: object, arguments: tuple[object, ...]) -> list[str]:
         given = [str(argument) for argument in arguments]
-        known = ["--port", str(self.port), "--pid", str(self.process.pid), *self.peer.load]
+        known = ["--port", str(self.port), "--pid", str(self.process.pid), *self.peer.load, *self.programs.load_options]
         return [str(self.programs.load), str(mode), *known, *given]
 
     def _pin(self) -> None:
@@ -203,11 +207,26 @@ class Running:
                 sizes[name] = float(size)
         return Memory(sizes["Pss:"], sizes["Rss:"])
 
+    def cpu_seconds(self) -> float:
+        """Of all its threads: the process's clock (`clock_getcpuclockid` makes this number of the pid)."""
+        return time.clock_gettime((~self.process.pid) << 3 | 2)
+
+    def wait_idle(self, seconds: float = 0.3, limit: float = 60.0) -> None:
+        """Until it has done nothing worth mentioning for *seconds*."""
+        deadline, before = time.monotonic() + limit, self.cpu_seconds()
+        while time.monotonic() < deadline:
+            time.sleep(seconds)
+            now = self.cpu_seconds()
+            if now - before < seconds / 50:
+                return
+            before = now
+        raise BenchFailed(f"{self.peer.name} is busy for more than {limit:g} s after all have left")
+
     def lag(self) -> dict[str, float]:
         """How late mythos-trio's event loop was: ``lag_ms`` (99th percentile) and ``max_lag_ms`` by the clock,
         ``turn_ms`` by the processor time of its longest turn."""
         time.sleep(2 * TELL_SECONDS)
-        answer = httpx.get(f"{self.url}/health/detailed", trust_env=False, timeout=20.0).json()
+        answer = httpx.get(f"{self.url}/health/detailed", trust_env=False, timeout=60.0).json()
         measured = answer["components"]["event_loop"]
         return {"lag_ms": measured["lag_ms"], "max_lag_ms": measured["max_lag_ms"], "turn_ms": self._turn()}
 

@@ -82,7 +82,7 @@ class Run:
     def seconds(self, usual: float) -> float:
         return 0.25 if self.quick else usual
 
-    def measured(self, server: Running, answer: dict[str, Any], case: str = "", *, posts: bool = False) -> Result:
+    def measured(self, answer: dict[str, Any], case: str = "", *, posts: bool = False) -> Result:
         """Keep what the load generator said, and, of ours, how late the loop was.
 
         :param posts: the unit is a POST, not a delivery.
@@ -103,9 +103,11 @@ class Run:
             load_us=answer["load_us"] * scale,
             load_busy=answer["load_busy"],
         )
-        if self.peer.name == OURS:
-            for name, value in server.lag().items():
-                setattr(result, name, value)
+        return self.keep(result, answer["lag"])
+
+    def keep(self, result: Result, lag: dict[str, float]) -> Result:
+        for name, value in lag.items():
+            setattr(result, name, value)
         self.results.append(result)
         return result
 
@@ -139,21 +141,21 @@ def fan_out(run: Run) -> None:
     players, count = run.size(1000, 50), run.size(200, 10)
     with run.server() as server:
         words = ("--players", players, "--count", count, "--window", 1, "--warm", run.size(20, 2))
-        run.measured(server, server.load("publish", *words))
+        run.measured(server.load("publish", *words))
 
 
 def burst(run: Run) -> None:
     players, count = run.size(1000, 50), run.size(400, 40)
     with run.server() as server:
         words = ("--players", players, "--count", count, "--publishers", 8, "--window", 64, "--warm", run.size(20, 8))
-        run.measured(server, server.load("publish", *words))
+        run.measured(server.load("publish", *words))
 
 
 def dual(run: Run) -> None:
     players, count = run.size(500, 25), run.size(200, 10)
     with run.server() as server:
         words = ("--players", players, "--transports", "both", "--count", count, "--window", 1)
-        run.measured(server, server.load("publish", *words, "--warm", run.size(20, 2)))
+        run.measured(server.load("publish", *words, "--warm", run.size(20, 2)))
 
 
 def _transports(peer: Peer) -> str:
@@ -168,19 +170,19 @@ def _unicast(run: Run, server: Running, rate: float, publishers: int, seconds: f
 
 def unicast_rate(run: Run) -> None:
     with run.server() as server:
-        run.measured(server, _unicast(run, server, 500, 8, 3.0), posts=True)
+        run.measured(_unicast(run, server, 500, 8, 3.0), posts=True)
 
 
 def unicast_maximum(run: Run) -> None:
     with run.server() as server:
-        run.measured(server, _unicast(run, server, 0, 32, 3.0), posts=True)
+        run.measured(_unicast(run, server, 0, 32, 3.0), posts=True)
 
 
 def rooms(run: Run) -> None:
     players, seconds = run.size(1000, 40), run.seconds(3.0)
     with run.server() as server:
         words = ("--players", players, "--target", "room", "--room-size", 20, "--publishers", 32, "--window", 0)
-        run.measured(server, server.load("publish", *words, "--seconds", seconds, "--warm", run.size(100, 10)))
+        run.measured(server.load("publish", *words, "--seconds", seconds, "--warm", run.size(100, 10)))
 
 
 # Commands.
@@ -193,13 +195,13 @@ def _commands(run: Run, server: Running, rate: float, *more: object) -> dict[str
 
 def command(run: Run) -> None:
     with run.server() as server:
-        run.measured(server, _commands(run, server, 0))
+        run.measured(_commands(run, server, 0))
 
 
 def transactions(run: Run) -> None:
     """The game and the command of `tests.bench.bench_transactions`: 100 players, each with data of their own."""
     with run.server(game="tests.bench.game:Counting") as server:
-        run.measured(server, _commands(run, server, 0, "--content", "own"))
+        run.measured(_commands(run, server, 0, "--content", "own"))
 
 
 # Coming and staying.
@@ -210,9 +212,22 @@ def connect(transport: str, *, known: int = 0) -> Callable[[Run], None]:
         warm = ("--warm", run.size(known, 50), "--new", 0) if known else ()
         with run.server() as server:
             words = ("--transports", transport, "--concurrency", 32, "--seconds", run.seconds(3.0))
-            run.measured(server, server.load("connect", *words, *warm))
+            run.measured(server.load("connect", *words, *warm))
 
     return measure
+
+
+def leave(run: Run) -> None:
+    """All connections of 2,000 players are gone in one moment, as when a cable is pulled and its end noticed."""
+    players = run.size(2000, 50)
+    with run.server() as server:
+        with server.idle("--players", players, "--transports", "both") as count:
+            server.wait_idle()
+            before = server.cpu_seconds()
+        server.wait_idle()
+        cpu_us = (server.cpu_seconds() - before) / count * 1e6
+        lag = server.lag() if run.peer.name == OURS else {}
+        run.keep(Result(run.scenario, "", run.peer.name, run.round, units=count, cpu_us=cpu_us), lag)
 
 
 def memory(transports: str) -> Callable[[Run], None]:
@@ -225,7 +240,8 @@ def memory(transports: str) -> Callable[[Run], None]:
             with server.idle("--players", players, "--transports", transports) as count:
                 time.sleep(0.2 if run.quick else SETTLE_SECONDS)
                 after = server.memory()
-            run.results.append(_memory(run, before, after, count))
+                lag = server.lag() if run.peer.name == OURS else {}
+            run.keep(_memory(run, before, after, count), lag)
 
     return measure
 
@@ -243,15 +259,15 @@ def connections(run: Run) -> None:
         deliveries = run.size(200_000, 1000)
         with run.server() as server:
             words = ("--players", players, "--count", max(10, deliveries // players), "--window", 1)
-            answer = server.load("publish", *words, "--warm", 5, "--timeout", 120)
-            run.measured(server, answer, str(players))
+            answer = server.load("publish", *words, "--warm", 5, "--timeout", 180, seconds=420)
+            run.measured(answer, str(players))
 
 
 def resume(run: Run) -> None:
     players, missed = run.size(2000, 20), run.size(100, 10)
     with run.server(HISTORY=str(missed)) as server:
         words = ("--players", players, "--missed", missed, "--timeout", 120)
-        run.measured(server, server.load("resume", *words))
+        run.measured(server.load("resume", *words))
 
 
 def half(run: Run) -> None:
@@ -259,9 +275,9 @@ def half(run: Run) -> None:
     with run.server() as server:
         most = _unicast(run, server, 0, 32, 2.0)
         rate = most["posts"] / most["seconds"] / 2
-        run.measured(server, _unicast(run, server, rate, 32, 4.0), "POST", posts=True)
+        run.measured(_unicast(run, server, rate, 32, 4.0), "POST", posts=True)
         rate = _commands(run, server, 0)["rate"] / 2
-        run.measured(server, _commands(run, server, rate), "command")
+        run.measured(_commands(run, server, rate), "command")
 
 
 # What is stored.
@@ -274,7 +290,7 @@ def stored(run: Run) -> None:
         run.say(f"{count:,} messages stored")
         store = filled(run.scratch, count, run.say)
         with run.server(store=store, **STORE_BOUNDS) as server:
-            result = run.measured(server, _unicast(run, server, 0, 32, 3.0), str(count), posts=True)
+            result = run.measured(_unicast(run, server, 0, 32, 3.0), str(count), posts=True)
             result.start_seconds = server.started_seconds
 
 
@@ -335,6 +351,7 @@ SCENARIOS: Final[tuple[Scenario, ...]] = (
     Scenario(
         "return-ws", "Connect by WebSocket, 1,000 players come again", "connection", PAIR, connect("ws", known=1000)
     ),
+    Scenario("leave", "2,000 players with both transports leave at once", "connection", PAIR, leave, transports="both"),
     Scenario(
         "memory-ws", "Memory of an idle connection, 5,000 on WebSocket", "connection", ALL, memory("ws"), 1.3, 2.5
     ),
