@@ -8,6 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -96,7 +97,7 @@ def measure(options: argparse.Namespace, report: Report, console: Console) -> No
             began = time.monotonic()
             try:
                 scenario.run(run)
-            except BenchFailed as failure:
+            except (BenchFailed, AssertionError, httpx.HTTPError, OSError) as failure:
                 report.failures.append(f"{scenario.name}: {name}")
                 console.print(f"[red]{where}: failed[/red]")
                 console.print(str(failure), markup=False)

@@ -7,6 +7,7 @@ work kept the loop for. It costs two calls for each turn, which count as the ser
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from pathlib import Path
@@ -26,7 +27,10 @@ class Turns(trio.abc.Instrument):
 
     def __init__(self) -> None:
         self.longest_ns = 0
+        self.longest_collection_ns = 0
+        """Of the garbage collector's, wherever in a turn they were."""
         self._began = time.thread_time_ns()
+        self._collecting = self._began
 
     def after_io_wait(self, timeout: float) -> None:
         self._began = time.thread_time_ns()
@@ -36,6 +40,12 @@ class Turns(trio.abc.Instrument):
         if took > self.longest_ns:
             self.longest_ns = took
 
+    def collected(self, phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            self._collecting = time.thread_time_ns()
+        else:
+            self.longest_collection_ns = max(self.longest_collection_ns, time.thread_time_ns() - self._collecting)
+
 
 class Gauged(Game):
     """Keeps ``turns.json`` in the working directory up to date. What the start takes does not count."""
@@ -43,18 +53,19 @@ class Gauged(Game):
     async def background(self) -> None:
         turns = Turns()
         trio.lowlevel.add_instrument(turns)
-        told = -1
+        gc.callbacks.append(turns.collected)
+        told: dict[str, float] = {}
         while True:
-            if turns.longest_ns != told:
-                told = turns.longest_ns
-                await trio.to_thread.run_sync(tell, told)
+            now = {"turn_ms": turns.longest_ns / 1e6, "collection_ms": turns.longest_collection_ns / 1e6}
+            if now != told:
+                await trio.to_thread.run_sync(tell, told := now)
             await trio.sleep(TELL_SECONDS)
 
 
-def tell(longest_ns: int) -> None:
+def tell(longest: dict[str, float]) -> None:
     """In one step, so that who reads it finds a whole file."""
     fresh = Path(f"{TURNS}.new")
-    fresh.write_text(json.dumps({"longest_ms": longest_ns / 1e6}))
+    fresh.write_text(json.dumps(longest))
     fresh.replace(TURNS)
 
 

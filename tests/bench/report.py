@@ -206,7 +206,7 @@ class Report:
             return f"{case}{result.kib:.2f} KiB"
         lag = ""
         if result.turn_ms is not None:
-            lag = f", turn {result.turn_ms:.0f} ms, lag {result.max_lag_ms:.0f} ms"
+            lag = f", turn {result.turn_ms:.0f} ms (garbage {result.collection_ms:.0f}), lag {result.max_lag_ms:.0f} ms"
         return (
             f"{case}{_figure(result.cpu_us)} µs, {_figure(result.rate)}/s, p50 {_figure(result.p50_ms)} ms, "
             f"p99 {_figure(result.p99_ms)} ms, load {_percent(result.load_busy)}{lag}"

@@ -56,6 +56,8 @@ class Result:
     max_lag_ms: float | None = None
     turn_ms: float | None = None
     """The longest turn of the event loop, in processor time."""
+    collection_ms: float | None = None
+    """The longest collection of garbage, the same way; a part of some turn."""
 
     def asdict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
