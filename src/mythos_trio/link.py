@@ -178,7 +178,16 @@ class Link(trio.abc.HalfCloseableStream):
         """
         if self._queue or self._sealed:
             return False
-        self._put(data)
+        try:
+            sent = self._wire.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            self._break(error)
+            return False
+        self.sent_bytes += sent
+        if sent != len(data):
+            self._keep(memoryview(data)[sent:])
         return not self._closed
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -353,9 +362,13 @@ class Link(trio.abc.HalfCloseableStream):
             if sent == len(data):
                 return None
             data = memoryview(data)[sent:]
-        piece = _Piece(memoryview(data))
+        return self._keep(memoryview(data))
+
+    def _keep(self, rest: memoryview) -> _Piece:
+        """What the kernel has not taken is the link's to finish."""
+        piece = _Piece(rest)
         self._queue.append(piece)
-        self.unsent += len(data)
+        self.unsent += len(rest)
         if self._flush_starter is None:
             self._start_flush()
         return piece

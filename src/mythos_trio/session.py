@@ -304,6 +304,15 @@ class LiveSession:
         self.deliveries.replaced += sum(one.seq > upto for one in skipped)
         self._context.statistics.replaced(len(skipped))
 
+    def delivered(self, message: Message) -> None:
+        """*message*, the newest of the log, has been written to a connection: as `delivered_to`, but quick."""
+        deliveries = self.deliveries
+        if message.seq > deliveries.upto:
+            deliveries.wrote(message.seq, 1)
+            message.receivers += 1
+            if message.receivers <= 50:
+                message.players.append(self.player_id)
+
     def delivered_to(self, connection: Connection, messages: Sequence[Message]) -> None:
         """*messages* have been written to *connection*: count those that are new to the player."""
         upto = self.deliveries.upto
@@ -314,7 +323,7 @@ class LiveSession:
             if message.seq > upto:
                 count += 1
                 message.receivers += 1
-                if len(message.players) < 50:
+                if message.receivers <= 50:
                     message.players.append(self.player_id)
                 if message.accepted_at:
                     self._log_mail(message)

@@ -21,7 +21,7 @@ MAX_BYTES: Final = 1 << 20
 class Log:
     """All of a session's messages with numbers above *floor*, up to the newest applied one."""
 
-    __slots__ = ("_bytes", "_entries", "_first", "_max_bytes", "_max_messages", "floor")
+    __slots__ = ("_bytes", "_entries", "_first", "_max_bytes", "_max_messages", "floor", "head", "newest")
 
     def __init__(self, floor: int, *, max_messages: int = MAX_MESSAGES, max_bytes: int = MAX_BYTES) -> None:
         self.floor = floor
@@ -30,6 +30,9 @@ class Log:
         self._bytes = 0
         self._max_messages = max_messages
         self._max_bytes = max_bytes
+        self.head = 0
+        """The index that the next message will have."""
+        self.newest: Message | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -39,16 +42,13 @@ class Log:
         """Of the messages' bodies."""
         return self._bytes
 
-    @property
-    def head(self) -> int:
-        """The index that the next message will have."""
-        return self._first + len(self._entries)
-
     def append(self, message: Message) -> None:
         """Add the newest message; the oldest fall out where a bound is passed."""
         self._entries.append(message)
+        self.newest = message
+        self.head += 1
         self._bytes += len(message.body)
-        while len(self._entries) > self._max_messages or (self._bytes > self._max_bytes and len(self._entries) > 1):
+        while self.head - self._first > self._max_messages or (self._bytes > self._max_bytes and len(self) > 1):
             oldest = self._entries.popleft()
             self._first += 1
             self._bytes -= len(oldest.body)

@@ -115,7 +115,7 @@ class WebSocketFraming:
     name = "websocket"
 
     def message(self, message: Message, epoch: int) -> bytes:
-        return message.websocket()
+        return message._websocket or message.websocket()
 
     def replacing(self, message: Message, epoch: int, count: int) -> bytes:
         return text_frame(message.payload_replacing(count))
