@@ -742,6 +742,8 @@ def facade(request: pytest.FixtureRequest, kind: Kind, tmp_path: Path) -> Iterat
     made = Facade(kind.make(tmp_path), runner)
     yield made
     made.database.abandon()
+    if isinstance(runner, ThreadRunner):
+        runner.close()
 
 
 def trouble(storage: Storage) -> str | None:
@@ -784,8 +786,8 @@ async def test_the_facade_has_all_of_it(facade: Facade) -> None:
 
 
 async def test_reads_and_writes_go_on_side_by_side(kind: Kind, tmp_path: Path) -> None:
-    facade = Facade(kind.make(tmp_path), ThreadRunner())
-    storage = facade.storage
+    runner = ThreadRunner()
+    storage = Facade(kind.make(tmp_path), runner).storage
     await storage.open()
     await storage.commit([Transaction([Begin("ann", "s1", 0)])])
     stored = 0
@@ -808,6 +810,7 @@ async def test_reads_and_writes_go_on_side_by_side(kind: Kind, tmp_path: Path) -
         for _ in range(4):
             nursery.start_soon(read)
     await storage.close()
+    runner.close()
 
 
 async def test_a_failed_write_is_an_outcome_and_trouble_until_one_works(facade: Facade) -> None:
@@ -887,7 +890,8 @@ class HangingDatabase:
 async def test_an_abandoned_commit_ends_all_writing(kind: Kind, tmp_path: Path) -> None:
     database = kind.make(tmp_path)
     hanging = HangingDatabase(database)
-    storage = Storage(hanging, ThreadRunner(), StillClock())  # type: ignore[arg-type]
+    runner = ThreadRunner()
+    storage = Storage(hanging, runner, StillClock())  # type: ignore[arg-type]
     await storage.open()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(storage.commit, [one("a")])
@@ -909,3 +913,4 @@ async def test_an_abandoned_commit_ends_all_writing(kind: Kind, tmp_path: Path) 
     found = [await storage.find_message(id_) for id_ in ("a", "b", "c")]
     assert [message is not None for message in found] == [True, False, False]
     database.abandon()
+    runner.close()

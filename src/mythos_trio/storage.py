@@ -276,7 +276,7 @@ class _Job:
 
 
 class _Threads:
-    """Threads that take calls from one queue. They live as long as somebody has the object.
+    """Threads that take calls from one queue, until `close`.
 
     `trio.to_thread` costs four times as much a call (a limiter, a context, the thread's name): a fifth of
     what a publication cost in all.
@@ -301,7 +301,8 @@ class _Threads:
             raise job.error
         return cast(T, job.value)
 
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """They end when they are through with what has been asked."""
         for _ in range(self._count):
             self._jobs.put(None)
 
@@ -330,6 +331,11 @@ class ThreadRunner:
 
     async def read(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await self._readers.run(partial(call, *args, **kwargs))
+
+    def close(self) -> None:
+        """Nothing may be asked afterwards."""
+        self._writer.close()
+        self._readers.close()
 
 
 class InlineRunner:
