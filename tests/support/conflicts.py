@@ -892,6 +892,10 @@ class Drop:
             case "sip" if not connection.reachable:
                 wire._other.stall(False)
                 wire._other.stall()
+            case "mend" if wire._other.was_reset:
+                # The reset was lost on the way. A client that hears nothing for two heartbeats connects again.
+                sim.unsure.add(self.player)
+                sim.give_up(connection)
             case "mend":
                 wire.mend()
                 connection.reachable = True
