@@ -10,6 +10,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -642,3 +643,19 @@ def test_a_long_life_leaves_a_sound_file(store: Bench, path: Path) -> None:
     assert counted == dict(sql(path, "SELECT target, count(*) FROM messages GROUP BY target"))
     sizes = dict(sql(path, "SELECT target, bytes FROM targets WHERE messages > 0"))
     assert sizes == dict(sql(path, "SELECT target, sum(length(body)) FROM messages GROUP BY target"))
+
+
+def test_a_store_that_is_still_held_can_be_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "mythos.db"
+    holder = SqliteDatabase(path)
+    holder.open(0.0)
+    with pytest.raises(StoreUnusable, match="in use by process"):
+        SqliteDatabase(path, lock_seconds=0.05).open(0.0)
+    timer = threading.Timer(0.1, holder.abandon)
+    timer.start()
+    try:
+        follower = SqliteDatabase(path, lock_seconds=20.0)
+        follower.open(0.0)
+        follower.close()
+    finally:
+        timer.join()

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 # Answers whoever connects with its number; writes a line for each thing that happens to it.
 CHILD = """
-    import os, signal, socket, sys, time
+    import fcntl, os, signal, socket, sys, time
     from pathlib import Path
     def note(text):
         with Path("log").open("a") as file:
@@ -37,6 +37,15 @@ CHILD = """
     note(f"start {os.getpid()}")
     if Path("fails").exists():
         sys.exit(int(Path("fails").read_text()))
+    if "--standby" in sys.argv:
+        while Path("slow").exists():
+            time.sleep(0.01)
+        try:
+            os.write(int(sys.argv[-1]), b"1")
+        except BrokenPipeError:
+            pass
+    store = open("store", "w")
+    fcntl.flock(store, fcntl.LOCK_EX)
     listening = socket.socket(fileno=int(sys.argv[1]))
     while True:
         sock, _ = listening.accept()
@@ -163,7 +172,78 @@ def test_asked_to_it_drains_the_server_and_starts_it_anew(scene: Scene) -> None:
     )
     assert code == 0
     assert answers == scene.starts
-    assert scene.log[1] == "signal 15"
+    assert scene.log[2] == "signal 15"  # the new one was there before the old one was told
+    assert scene.said == ["starting a new server"]
+
+
+def test_if_the_new_one_does_not_start_the_old_one_goes_on(scene: Scene) -> None:
+    fails = scene.directory / "fails"
+    answers: list[int] = []
+    code = scene.run(
+        lambda: answers.append(scene.asked()),
+        lambda: fails.write_text("2"),
+        to_itself(signal.SIGUSR2),
+        lambda: scene.wait(lambda: len(scene.said) == 2),
+        lambda: answers.append(scene.asked()),
+        fails.unlink,
+        to_itself(signal.SIGUSR2),
+        lambda: scene.wait(lambda: "signal 15" in scene.log),
+        lambda: answers.append(scene.asked()),
+        to_itself(signal.SIGTERM),
+    )
+    assert code == 0
+    assert scene.said[1] == "the new server has ended with exit code 2: the old one goes on"
+    assert answers[0] == answers[1] == scene.starts[0]
+    assert answers[2] == scene.starts[2]
+
+
+def test_a_new_one_that_takes_too_long_is_given_up(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "STANDBY_SECONDS", 0.3)
+    (scene.directory / "slow").touch()
+    code = scene.run(
+        scene.asked,
+        to_itself(signal.SIGUSR2),
+        lambda: scene.wait(lambda: len(scene.said) == 2),
+        to_itself(signal.SIGTERM),
+    )
+    assert code == 0
+    assert scene.said[1] == "the new server does not come to stand by: the old one goes on"
+    assert scene.log[-1] == "signal 15"
+
+
+def test_the_old_one_dies_before_the_new_one_stands_by(scene: Scene) -> None:
+    slow = scene.directory / "slow"
+    slow.touch()
+    answers: list[int] = []
+    code = scene.run(
+        scene.asked,
+        to_itself(signal.SIGUSR2),
+        to_itself(signal.SIGUSR2),  # one new server is enough
+        lambda: scene.wait(lambda: len(scene.starts) == 2),
+        lambda: os.kill(scene.starts[0], signal.SIGKILL),
+        lambda: scene.wait(lambda: len(scene.said) == 2),
+        slow.unlink,
+        lambda: answers.append(scene.asked()),
+        to_itself(signal.SIGTERM),
+    )
+    assert code == 0
+    assert answers == scene.starts[1:]
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_the_end_comes_while_a_new_one_is_started(scene: Scene, slow: bool) -> None:
+    if slow:
+        (scene.directory / "slow").touch()
+    code = scene.run(
+        scene.asked,
+        to_itself(signal.SIGUSR2),
+        lambda: scene.wait(lambda: len(scene.starts) == 2),
+        to_itself(signal.SIGTERM),
+    )
+    assert code == 0
+    for pid in scene.starts:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_a_server_that_was_stopped_itself_is_the_end(scene: Scene) -> None:

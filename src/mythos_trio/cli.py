@@ -6,6 +6,7 @@ console and as one CRITICAL line in the log.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import fcntl
@@ -139,6 +140,7 @@ def _of_driver(error: MissingDriver) -> Failure:
 @click.option("--supervise", is_flag=True, help="Keep the port open and start the server anew when it dies.")
 @click.option("--reload", is_flag=True, help="Start anew when the game's code changes: for development.")
 @click.option("--fd", "fds", type=click.IntRange(3), multiple=True, help="Listen on this inherited socket. Repeatable.")
+@click.option("--standby", type=click.IntRange(3), hidden=True)
 def serve(
     game: str,
     host: str | None,
@@ -147,13 +149,14 @@ def serve(
     supervise: bool,
     reload: bool,
     fds: tuple[int, ...],
+    standby: int | None,
 ) -> None:
     """Run the server, with the game at MODULE:NAME (such as mygame:game) or the default one.
 
     SIGTERM and Ctrl-C drain: clients are told when to come back, all is stored; a second one hurries.
-    SIGHUP reopens the log. With --supervise a small parent process owns the port: SIGUSR2 to it drains the
-    server and starts it anew, and while there is none, those who connect wait. Sockets of systemd
-    (LISTEN_FDS) are listened on by themselves.
+    SIGHUP reopens the log. With --supervise a small parent process owns the port: while there is no
+    server, those who connect wait, and SIGUSR2 to it has a new server follow the old one. Sockets of
+    systemd (LISTEN_FDS) are listened on by themselves.
     """
     if supervise + reload + bool(fds) > 1:
         raise click.UsageError("--supervise, --reload and --fd: one of them")
@@ -162,7 +165,7 @@ def serve(
     reading = config.read(None, DOTENV, given)
     if supervise or reload:
         sys.exit(_serve_in_a_child(game, reading, log_level, reload=reload))
-    sys.exit(_start(reading, lambda: _run_server(reading.settings, game, fds)))
+    sys.exit(_start(reading, lambda: _run_server(reading.settings, game, fds, standby)))
 
 
 def _serve_in_a_child(game: str, reading: config.Reading, log_level: str | None, *, reload: bool) -> int:
@@ -285,7 +288,7 @@ def _process(pid: int) -> str:
         return f"pid {pid}"
 
 
-def _run_server(settings: Settings, game: str, fds: Sequence[int]) -> int:
+def _run_server(settings: Settings, game: str, fds: Sequence[int], standby: int | None) -> int:
     from mythos_trio import server
     from mythos_trio.handover import Notifier, take_over
 
@@ -297,7 +300,15 @@ def _run_server(settings: Settings, game: str, fds: Sequence[int]) -> int:
         hang_up=logs.reopen,
         inherited=take_over(os.environ, fds),
         notifier=Notifier.of(os.environ),
+        stands_by=None if standby is None else partial(_stand_by, standby),
     )
+
+
+def _stand_by(fd: int) -> None:
+    """The supervisor is told that the server before this one can go."""
+    with contextlib.suppress(BrokenPipeError):  # it has died meanwhile: nobody has to be told
+        os.write(fd, b"1")
+    os.close(fd)
 
 
 def _announce(settings: Settings, addresses: Sequence[tuple[str, int]]) -> None:

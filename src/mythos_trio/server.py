@@ -65,6 +65,8 @@ LAST_SECONDS: Final = 2.0
 ANSWER_SECONDS: Final = 1.0
 # What a task of the game's that cannot be cancelled has left after the drain, before the process ends without it.
 LINGER_SECONDS: Final = 2.0
+# How long a predecessor that drains is waited for, on top of DRAIN_TIMEOUT.
+TAKE_OVER_SECONDS: Final = 10.0
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
@@ -329,6 +331,7 @@ def run(
     hang_up: Callable[[], None] = lambda: None,
     inherited: Sequence[Listener] = (),
     notifier: Notifier | None = None,
+    stands_by: Callable[[], None] | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. Logging has been set up by the caller.
 
@@ -336,6 +339,7 @@ def run(
     :param hang_up: what SIGHUP does: the log is opened again.
     :param inherited: what to listen on; HOST and PORT then are not.
     :param notifier: is told when the server is ready, and when it stops.
+    :param stands_by: is called when all but the store is there; whoever has that is then waited for.
     :raises PortTaken: :raises StoreUnusable: :raises GameSpecError:
     """
     game = load_game(game_spec)
@@ -350,6 +354,7 @@ def run(
         sqlite_path(settings.database_url),
         durability="power" if settings.durability == "power" else "process",
         max_store_bytes=settings.max_store_bytes,
+        lock_seconds=0.0 if stands_by is None else settings.drain_timeout + TAKE_OVER_SECONDS,
     )
     listeners = inherited or open_listeners(settings.host, settings.port)
     if inherited:
@@ -357,6 +362,8 @@ def run(
             "Listening on inherited sockets: HOST and PORT are not looked at",
             addresses=[_address_text(listener) for listener in inherited],
         )
+    if stands_by is not None:
+        stands_by()
     outside = _Outside(announce, hang_up, notifier or Notifier())
     try:
         return trio.run(_main, settings, game, database, listeners, outside)

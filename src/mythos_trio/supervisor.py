@@ -7,6 +7,7 @@ It imports little, holds no state and reads nothing of the clients': there is ne
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
@@ -27,6 +28,8 @@ LAST_PAUSE: Final = 10.0
 STEADY_SECONDS: Final = 10.0
 # A first start that fails within this time is the operator's to mend.
 START_SECONDS: Final = 5.0
+# How long a new server may take to stand by: it loads the game and all else but the store.
+STANDBY_SECONDS: Final = 60.0
 
 _PASSED_ON: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _RESTART: Final = signal.SIGUSR2
@@ -78,9 +81,10 @@ class Signals:
         os.close(self._read)
         os.close(self._write)
 
-    def wait(self, seconds: float | None) -> list[int]:
-        """The signals that have come; waits for one, *seconds* at most (None: for ever)."""
-        if not select.select([self._read], [], [], seconds)[0]:
+    def wait(self, seconds: float | None, or_readable: Sequence[int] = ()) -> list[int]:
+        """The signals that have come; waits for one, *seconds* at most (None: for ever), or until one of the
+        descriptors *or_readable* is."""
+        if self._read not in select.select([self._read, *or_readable], [], [], seconds)[0]:
             return []
         return list(os.read(self._read, 4096))
 
@@ -89,12 +93,29 @@ def _hear(_number: int, _frame: FrameType | None) -> None:
     """The number is in the pipe."""
 
 
+class Successor:
+    """A server that is being started while another one runs. With ``--standby FD`` it says on that pipe when it has
+    all but the store, and waits for that."""
+
+    def __init__(self, command: Sequence[str], fds: Sequence[int]) -> None:
+        self.until = time.monotonic() + STANDBY_SECONDS
+        self.pipe, theirs = os.pipe()
+        self.process = start_child([*command, "--standby", str(theirs)], [*fds, theirs])
+        os.close(theirs)
+        self.stands_by = False
+
+    def close(self) -> None:
+        os.close(self.pipe)
+
+
 class Supervisor:
     """Runs *command*, again and again.
 
-    SIGTERM and SIGINT are passed on, and its exit code is then this process's; so is SIGHUP. SIGUSR2 drains it and
-    starts it anew. Exit code 0 is the end: somebody has stopped the server itself.
+    SIGTERM and SIGINT are passed on, and its exit code is then this process's; so is SIGHUP. On SIGUSR2 a second one
+    is started, and only when it stands by the first one is drained: if it cannot start, the first one goes on. Exit
+    code 0 is the end: somebody has stopped the server itself.
 
+    :param command: is also run with ``--standby FD``, see `Successor`.
     :param fds: the listening sockets, which the command inherits.
     :param drain_seconds: how long it may take to stop.
     :param say: tells a person what happens.
@@ -109,22 +130,30 @@ class Supervisor:
         self._say = say
         self._stopping = False
         self._restarting = False
+        self._successor: Successor | None = None
 
     def run(self) -> int:
         """Until it is stopped; the exit code."""
         with Signals(_HEARD) as signals:
-            pause, starts = 0.0, 0
-            while True:
-                began = time.monotonic()
-                starts += 1
-                code = self._live(signals)
-                lived = time.monotonic() - began
-                if self._is_the_end(code, starts, lived):
-                    return exit_code(code)
-                pause = self._pause(code, pause, lived)
+            try:
+                return self._run(signals)
+            finally:
+                self._give_up_successor()
+
+    def _run(self, signals: Signals) -> int:
+        pause, starts = 0.0, 0
+        while True:
+            began = time.monotonic()
+            starts += 1
+            code = self._live(signals)
+            lived = time.monotonic() - began
+            if self._is_the_end(code, starts, lived):
+                return exit_code(code)
+            pause = self._pause(code, pause, lived)
+            if self._successor is None:
                 self._rest(signals, pause)
-                if self._stopping:
-                    return exit_code(code)
+            if self._stopping:
+                return exit_code(code)
 
     def _is_the_end(self, code: int, starts: int, lived: float) -> bool:
         if self._stopping:
@@ -137,7 +166,6 @@ class Supervisor:
         """How long to wait before the next start, in seconds."""
         if self._restarting:
             self._restarting = False
-            self._say("starting the server anew")
             return 0.0
         how = f"with exit code {code}" if code >= 0 else f"by signal {-code}"
         if lived >= STEADY_SECONDS or before == 0.0:
@@ -149,12 +177,16 @@ class Supervisor:
 
     def _live(self, signals: Signals) -> int:
         """One life of the server; its return code."""
-        child = start_child(self._command, self._fds)
+        child = self._next()
         until: float | None = None
         while (code := child.poll()) is None:
-            for number in signals.wait(None if until is None else max(0.0, until - time.monotonic())):
-                if number != signal.SIGCHLD:
-                    child.send_signal(self._heard(number))
+            for number in self._wait(signals, until):
+                if number == _RESTART:
+                    self._prepare()
+                elif number != signal.SIGCHLD:
+                    self._pass_on(child, number)
+            if self._look_at_successor():
+                child.terminate()
             if until is None and (self._stopping or self._restarting):
                 until = time.monotonic() + self._drain_seconds + EXTRA_SECONDS
             elif until is not None and time.monotonic() >= until:
@@ -163,14 +195,67 @@ class Supervisor:
                 child.wait()
         return code
 
-    def _heard(self, number: int) -> int:
-        """Note what *number* asks for; the signal that the server is to get."""
-        if number == _RESTART:
-            self._restarting = True
-            return signal.SIGTERM
-        if number != signal.SIGHUP:
-            self._stopping = True
-        return number
+    def _pass_on(self, child: subprocess.Popen[bytes], number: int) -> None:
+        # A server that drains to be followed by another one has its signal already; a second one would hurry it, and
+        # the other one opens its log anyway.
+        if not self._restarting or self._stopping:
+            child.send_signal(number)
+        self._stopping |= number != signal.SIGHUP
+
+    def _next(self) -> subprocess.Popen[bytes]:
+        """The server that lives next: the one that was started for that, if there is one."""
+        if self._successor is None:
+            return start_child(self._command, self._fds)
+        successor, self._successor = self._successor, None
+        successor.close()
+        return successor.process
+
+    def _wait(self, signals: Signals, until: float | None) -> list[int]:
+        pipes = []
+        if self._successor is not None and not self._successor.stands_by:
+            pipes = [self._successor.pipe]
+            until = min(self._successor.until, until or self._successor.until)
+        return signals.wait(None if until is None else max(0.0, until - time.monotonic()), pipes)
+
+    # The next server, while there is one.
+
+    def _prepare(self) -> None:
+        if self._successor is None and not self._stopping:
+            self._say("starting a new server")
+            self._successor = Successor(self._command, self._fds)
+
+    def _look_at_successor(self) -> bool:
+        """Whether it has just come to stand by: then the one before it can go."""
+        successor = self._successor
+        if successor is None or successor.stands_by:
+            return False
+        if not select.select([successor.pipe], [], [], 0)[0]:
+            if time.monotonic() >= successor.until:
+                self._say("the new server does not come to stand by: the old one goes on")
+                self._give_up_successor()
+            return False
+        successor.stands_by = self._restarting = bool(os.read(successor.pipe, 1))
+        if not successor.stands_by:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                successor.process.wait(EXTRA_SECONDS)
+            self._give_up_successor()
+            self._say(
+                f"the new server has ended with exit code {exit_code(successor.process.returncode)}: the old one goes on"
+            )
+        return successor.stands_by
+
+    def _give_up_successor(self) -> None:
+        """Until it stands by there is nothing that it would have to finish; afterwards it may have begun to serve."""
+        if self._successor is None:
+            return
+        successor, self._successor = self._successor, None
+        if successor.stands_by:
+            successor.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                successor.process.wait(self._drain_seconds + EXTRA_SECONDS)
+        successor.process.kill()
+        successor.process.wait()
+        successor.close()
 
     def _rest(self, signals: Signals, seconds: float) -> None:
         """Between two lives: wait, unless it is time to stop, or to start at once."""

@@ -162,6 +162,32 @@ def test_killed_again_and_again_and_nobody_is_refused(supervised: Server) -> Non
     assert supervised.stderr().count("the server ended by signal 9") == 3
 
 
+def test_code_that_is_broken_does_not_replace_a_server_that_runs(supervised: Server) -> None:
+    """SIGUSR2: the next server loads the game first, and only then the one that runs is drained."""
+    code = supervised.directory / "mygame.py"
+    code.write_text("from mythos_trio.game import Game\ngame = Game()\n")
+    supervised.game = "mygame:game"
+    supervised.start()
+    before = child_of(supervised)
+    code.write_text("this is no Python\n")
+    supervised.signal(signal.SIGUSR2)
+    wait_until(lambda: "exit code 2: the old one goes on" in supervised.stderr(), "it says so")
+    assert child_of(supervised) == before
+    supervised.published("alice", "nobody has noticed")
+    code.write_text("from mythos_trio.game import Game\ngame = Game()\nmended = True\n")
+    with WebSocket(f"{supervised.ws_url}/ws/alice") as client:
+        client.wait_line("nobody has noticed")
+        supervised.signal(signal.SIGUSR2)
+        client.wait_ended()
+        assert client.close_code == 4000
+    wait_until(lambda: store_holder(supervised.database) not in (None, before), "the next one has the store")
+    supervised.published("alice", "on the next one")
+    assert len(supervised.logged("Server stopped", exit_code=0)) == 1
+    supervised.terminate()
+    assert supervised.wait_exit() == 0
+    assert len(supervised.logged("Server stopped", exit_code=0)) == 2
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent has died")
 def test_a_supervisor_that_is_killed_takes_the_server_with_it_in_order(supervised: Server) -> None:
     supervised.start()

@@ -60,6 +60,7 @@ class SqliteDatabase(ReadingHalf):
     :param durability: ``"process"``: a commit survives `kill -9`; ``"power"``: it survives a power cut.
     :param reserve: how many numbers are set aside at once; that many at most are skipped by a start
         after a stop that was not in order.
+    :param lock_seconds: how long to wait for another process to close the store; then it cannot be used.
     :param busy_seconds: how long a call waits for another program's lock, and for a free reader.
     :param max_store_bytes: of bytes in use: beyond them `commit` makes room.
     :param boot_id: what tells one start of the machine from another (see `read_boot_id`).
@@ -72,6 +73,7 @@ class SqliteDatabase(ReadingHalf):
         *,
         durability: Durability = "process",
         reserve: int = RESERVE,
+        lock_seconds: float = 0.0,
         busy_seconds: float = 2.0,
         max_store_bytes: int = 1 << 30,
         readers: int = READERS,
@@ -84,6 +86,7 @@ class SqliteDatabase(ReadingHalf):
         self.durability: Durability = durability
         self.max_store_bytes = max_store_bytes
         self._reserve = reserve
+        self._lock_seconds = lock_seconds
         self._busy_seconds = busy_seconds
         self._reader_count = readers
         self._schema = schema
@@ -123,7 +126,7 @@ class SqliteDatabase(ReadingHalf):
             raise StoreUnusable(f"SQLite {sqlite3.sqlite_version} is too old: 3.35 or newer is needed")
         try:
             make_directory(self.path.parent)
-            self._lock.take()
+            self._lock.take(self._lock_seconds)
             check_ours(self.path)
             self._open_writer()
             recovered = self._recover(now)

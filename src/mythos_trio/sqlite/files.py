@@ -7,10 +7,15 @@ import fcntl
 import os
 import sqlite3
 import stat
+import time
 from pathlib import Path
+from typing import Final
 
 from mythos_trio.sqlite.schema import APPLICATION_ID
 from mythos_trio.storage import StoreUnusable
+
+# How often one who waits for the lock looks.
+LOOK_SECONDS: Final = 0.01
 
 
 def make_directory(directory: Path) -> None:
@@ -66,12 +71,17 @@ class ProcessLock:
         self._path = path
         self._fd: int | None = None
 
-    def take(self) -> None:
+    def take(self, seconds: float = 0.0) -> None:
         """
+        :param seconds: how long to wait for another process to let go of it.
         :raises StoreUnusable: another process has it.
         """
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        until = time.monotonic() + seconds
         try:
+            # Not without LOCK_NB: a thread that the kernel lets wait cannot be told to give up.
+            while not _locked(fd) and time.monotonic() < until:
+                time.sleep(LOOK_SECONDS)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(fd, 32).decode("ascii", "replace").strip()
@@ -93,6 +103,14 @@ class ProcessLock:
             with contextlib.suppress(OSError):
                 os.ftruncate(fd, 0)
             os.close(fd)
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def read_boot_id() -> str | None:
