@@ -140,7 +140,7 @@ def _of_driver(error: MissingDriver) -> Failure:
 @click.option("--supervise", is_flag=True, help="Keep the port open and start the server anew when it dies.")
 @click.option("--reload", is_flag=True, help="Start anew when the game's code changes: for development.")
 @click.option("--fd", "fds", type=click.IntRange(3), multiple=True, help="Listen on this inherited socket. Repeatable.")
-@click.option("--standby", type=click.IntRange(3), hidden=True)
+@click.option("--standby", type=click.IntRange(3), hidden=True, help="Where the supervisor is told that it may go on.")
 def serve(
     game: str,
     host: str | None,

@@ -239,9 +239,8 @@ class Supervisor:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 successor.process.wait(EXTRA_SECONDS)
             self._give_up_successor()
-            self._say(
-                f"the new server has ended with exit code {exit_code(successor.process.returncode)}: the old one goes on"
-            )
+            code = exit_code(successor.process.returncode)
+            self._say(f"the new server has ended with exit code {code}: the old one goes on")
         return successor.stands_by
 
     def _give_up_successor(self) -> None:
