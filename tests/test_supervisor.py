@@ -166,7 +166,7 @@ def test_asked_to_it_drains_the_server_and_starts_it_anew(scene: Scene) -> None:
     code = scene.run(
         lambda: answers.append(scene.asked()),
         to_itself(signal.SIGUSR2),
-        lambda: scene.wait(lambda: len(scene.starts) == 2),
+        lambda: scene.wait(lambda: "signal 15" in scene.log),
         lambda: answers.append(scene.asked()),
         to_itself(signal.SIGTERM),
     )
