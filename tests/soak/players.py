@@ -35,6 +35,9 @@ OPEN_SECONDS: Final = 5.0
 # Errors of a command that was not carried out, and may be asked for again.
 AGAIN: Final = frozenset({"persistence_error", "capacity_error", "system_error", "rate_limit_error", "session_error"})
 
+LOST: Final = (OSError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, httpx.TransportError)
+"""How a connection may end."""
+
 
 class Unanswered(Exception):
     """It is not known what became of a command."""
@@ -188,7 +191,7 @@ class OtherPlayer(Player):
             opened = False
             try:
                 await live(wire)
-            except (OSError, trio.BrokenResourceError, trio.TooSlowError, httpx.TransportError):
+            except LOST:
                 pass  # it ended one way or the other
             finally:
                 del self._wires[transport]
@@ -312,10 +315,8 @@ class OtherPlayer(Player):
         try:
             with trio.fail_after(ASK_SECONDS):
                 return await (self._ask_websocket if by_websocket else self._ask_post)(id, content)
-        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, httpx.TransportError) as error:
+        except LOST as error:
             raise Unanswered(repr(error)) from error
-        except trio.TooSlowError:
-            raise Unanswered(f"no reply within {ASK_SECONDS:g} s") from None
 
     async def _ask_websocket(self, id: str, content: str) -> Message:
         protocol = self._protocol
