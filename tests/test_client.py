@@ -541,9 +541,8 @@ async def against(
     nursery: trio.Nursery, play: Callable[[int, trio.abc.Stream], Awaitable[None]], **more: Any
 ) -> AsyncIterator[tuple[DualClient, Script]]:
     script = Script(nursery, play)
-    async with DualClient(
-        URL, "ann", transports=("sse",), dial=script.dial, randomness=SeededRandomness(3), **more
-    ) as client:
+    more = {"transports": ("sse",), **more}
+    async with DualClient(URL, "ann", dial=script.dial, randomness=SeededRandomness(3), **more) as client:
         yield client, script
 
 
@@ -585,6 +584,22 @@ async def test_waits_grow_and_retry_ms_wins(nursery: trio.Nursery, autojump_cloc
         for wait, full in zip(waits[:4], (0.5, 1, 2, 4), strict=True):
             assert full / 2 <= wait <= full + 0.1
         assert waits[4] == pytest.approx(7, abs=0.1)
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 101 Switching Protocols\r\nUpgra"])
+async def test_a_handshake_that_is_broken_off_is_tried_again_at_once(
+    nursery: trio.Nursery, autojump_clock: MockClock, answer: bytes
+) -> None:
+    """The server was killed in its midst."""
+
+    async def talk(_number: int, stream: trio.abc.Stream) -> None:
+        if answer:
+            await stream.send_all(answer)
+
+    async with against(nursery, talk, transports=("websocket",)) as (client, script):
+        await until(lambda: len(script.dialled) == 2)
+        assert script.dialled[1] - script.dialled[0] <= 0.5 + 0.1
+        assert client.transports["websocket"].why == "the server broke off the handshake"
 
 
 async def test_a_server_that_says_nothing_is_given_up(nursery: trio.Nursery, autojump_clock: MockClock) -> None:

@@ -300,21 +300,52 @@ async def open_event_stream(dial: Dial, base: Base, target: str, headers: Mappin
         yield SSECarrier(exchange)
 
 
+class _Watched(trio.abc.Stream):
+    """A stream that ends the waiting for a handshake when it breaks. (trio-websocket goes on waiting: a client whose
+    server was killed in that moment came back 10 s later.)"""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self._stream = stream
+        self.handshake = trio.CancelScope()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        data: bytes | bytearray = b""
+        try:
+            data = await self._stream.receive_some(max_bytes)
+        finally:
+            if not data:
+                self.handshake.cancel()
+        return data
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
 @asynccontextmanager
 async def open_websocket(dial: Dial, base: Base, target: str, headers: Mapping[str, str]) -> AsyncIterator[Carrier]:
     """:raises Lost: and what `outcome_of` knows, also in a group."""
     stream = await dial(base)
+    watched = _Watched(stream)
     try:
         async with trio.open_nursery() as nursery:
-            websocket = await wrap_client_stream(
-                nursery,
-                stream,  # type: ignore[arg-type]  # any stream will do
-                headers["Host"],
-                target,
-                subprotocols=["mythos-protocol"],
-                extra_headers=[(n.encode(), v.encode()) for n, v in headers.items() if n != "Host"],
-                max_message_size=MAX_MESSAGE,
-            )
+            with watched.handshake:
+                websocket = await wrap_client_stream(
+                    nursery,
+                    watched,  # type: ignore[arg-type]  # any stream will do
+                    headers["Host"],
+                    target,
+                    subprotocols=["mythos-protocol"],
+                    extra_headers=[(n.encode(), v.encode()) for n, v in headers.items() if n != "Host"],
+                    max_message_size=MAX_MESSAGE,
+                )
+            if watched.handshake.cancelled_caught:
+                raise Lost(Outcome("the server broke off the handshake"))
             yield WebSocketCarrier(websocket)
             nursery.cancel_scope.cancel()
     finally:
