@@ -374,5 +374,6 @@ class _HandingOn(HttpxSSE):
 
 
 def transports_of(index: int) -> tuple[str, ...]:
-    """Most have both; some have only one."""
-    return {6: ("websocket",), 7: ("sse",)}.get(index % 8, TRANSPORTS)
+    """Most have both; some, of either kind of client, have only one."""
+    one = {4: "websocket", 5: "sse", 6: "websocket", 7: "sse"}.get(index % 12)
+    return TRANSPORTS if one is None else (one,)

@@ -71,6 +71,8 @@ class Server:
             "CLEANUP_INTERVAL": "7",
             "LINKDEAD_GRACE": "30",
             "RATE_LIMIT_REQUESTS": "1000000",
+            # All of it is read, in one file.
+            "LOG_MAX_BYTES": "0",
             # Enough for whoever is away for a while, and so few that old ones go while the run lasts.
             "MESSAGE_RETENTION_COUNT": "4000",
         }
