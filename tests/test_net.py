@@ -333,6 +333,27 @@ async def test_stall_holds_one_direction(autojump_clock: MockClock) -> None:
     assert await read(client) == b"held"
 
 
+async def test_a_listener_that_is_closed_when_somebody_comes() -> None:
+    """The one who accepts has been woken, and somebody else closes the listener before it runs."""
+    (listener,) = open_listeners("127.0.0.1", 0)
+
+    class Closing(trio.abc.Instrument):
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            if task.name == "accepting":
+                listener.close()
+
+    async def accept() -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await listener.accept()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(accept, name="accepting")
+        await trio.testing.wait_all_tasks_blocked()
+        trio.lowlevel.add_instrument(Closing())
+        # In one step: Trio's own way waits, and by then the listener is gone.
+        socket.create_connection(listener.address).close()
+
+
 async def test_the_listener_in_memory() -> None:
     listener = MemoryListener()
     listener.fail(errno.EMFILE)

@@ -212,6 +212,10 @@ class SocketListener:
                 return SocketWire(sock, peer)
             except (BlockingIOError, ConnectionAbortedError):
                 continue  # it left while it waited for us
+            except OSError:
+                if self._sock.fileno() >= 0:
+                    raise
+                # Closed between the wait and here: the next turn says so.
 
     def close(self) -> None:
         if self._sock.fileno() >= 0:
