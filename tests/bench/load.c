@@ -37,6 +37,7 @@
 
 #define NUMBER_DIGITS 10
 #define MARKER_SIZE (NUMBER_DIGITS + 2)
+#define BUSY 4009 /* the close code of a server that is too busy to let one in */
 #define READ_SIZE (256 * 1024)
 #define PAUSE_SECONDS 0.3 /* for what a server puts off */
 #define SETTLE_SECONDS 0.5 /* between the last connect and the first message */
@@ -84,7 +85,7 @@ static struct {
 static Conn *conns;
 static int conn_count, ready, opening, ep, messages_room, publishers_from;
 static Message *messages;
-static uint32_t published, answered, inflight, wrong, duplicates, refused, closed_early, measured_from;
+static uint32_t published, answered, inflight, wrong, duplicates, refused, closed_early, retried, measured_from;
 static uint64_t delivered, deliveries_wanted, random_state = 88172645463325252ULL;
 static double stop_at, next_due, last_arrival;
 static int publishing, measuring, source_address;
@@ -526,10 +527,17 @@ static size_t read_frames(Conn *c, char *data, size_t size, double t) {
         at += head + length;
         if (opcode == 9) put_frame(c, 10, payload, length);
         else if (opcode == 8) {
+            int code = length > 1 ? (unsigned char)payload[0] << 8 | (unsigned char)payload[1] : 0;
+            if (code == BUSY && c->state < READY) { /* told to come again: as a client would */
+                double began = c->began;
+                retried++;
+                shut(c);
+                open_connection(c);
+                c->began = began;
+                return size;
+            }
             if (c->state != CLOSING) {
-                fprintf(stderr, "load: closed by the server: %d %.*s\n",
-                        length > 1 ? (unsigned char)payload[0] << 8 | (unsigned char)payload[1] : 0,
-                        length > 2 ? (int)length - 2 : 0, payload + 2);
+                fprintf(stderr, "load: closed by the server: %d %.*s\n", code, length > 2 ? (int)length - 2 : 0, payload + 2);
                 lost(c, "close frame");
             } else shut(c);
             return size;
@@ -671,10 +679,10 @@ static int report(uint64_t units, uint64_t wanted, const char *more) {
     int whole = !wrong && !duplicates && !refused && !closed_early && units == wanted;
     printf("{\"units\":%llu,\"wanted\":%llu,\"seconds\":%.6f,\"rate\":%.3f,\"server_seconds\":%.6f,\"cpu_us\":%.3f,"
            "\"user_us\":%.3f,\"load_us\":%.3f,\"load_busy\":%.4f,\"p50_ms\":%.4f,\"p99_ms\":%.4f,\"max_ms\":%.4f,"
-           "\"published\":%u,\"wrong\":%u,\"duplicates\":%u,\"refused\":%u,\"closed\":%u,\"whole\":%s%s}\n",
+           "\"published\":%u,\"wrong\":%u,\"duplicates\":%u,\"refused\":%u,\"closed\":%u,\"retried\":%u,\"whole\":%s%s}\n",
            (unsigned long long)units, (unsigned long long)wanted, wall, wall > 0 ? units / wall : 0, server,
            server * per, user * per, own * per, wall > 0 ? own / wall : 0, percentile(0.5), percentile(0.99), percentile(1),
-           published - measured_from, wrong, duplicates, refused, closed_early, whole ? "true" : "false", more);
+           published - measured_from, wrong, duplicates, refused, closed_early, retried, whole ? "true" : "false", more);
     fflush(stdout);
     stay();
     return whole ? 0 : 1;
