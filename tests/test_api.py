@@ -18,6 +18,7 @@ from mythos_trio.api import MAX_BODY, ROUTES, Needs, create_app
 from mythos_trio.config import Settings
 from mythos_trio.core.errors import ErrorType, Refusal
 from mythos_trio.monitor import Stage
+from mythos_trio.storage import Expired
 from tests.support.fakes import NOW, FakeRegistrar, Stand
 
 SECRET = "a-secret-key-that-is-long-enough-for-HS256"
@@ -457,7 +458,7 @@ async def test_wrong_subscriptions(api: Api, body: object, word: str) -> None:
 @pytest.mark.parametrize("message_id", ["m1", "a/b", "/a", "a%2Fb/", "%C3%A4"])
 async def test_explain_any_id(api: Api, message_id: str) -> None:
     wanted = message_id.replace("%2F", "/").replace("%C3%A4", "ä")
-    api.stand.storage.expired.add(wanted)
+    api.stand.storage.expired[wanted] = Expired(5, "@alice", NOW)
     answer = await api.get(f"/api/messages/{message_id}")
     assert (answer.status, answer.json["id"], answer.json["state"]) == (200, wanted, "expired")
 

@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from mythos_trio.monitor import STOPPED
+from mythos_trio.explain import STOPPED
 from tests.support.play import Client, World, play
 
 

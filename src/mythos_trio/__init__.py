@@ -15,7 +15,7 @@ connections carry it at the same time. The map, from the outside in:
 ``registrar``, ``session``, ``handlers``  who is in which session; the player's nursery; the game's handlers
 ``timers``                                the game's timers that run now
 ``dispatcher``, ``hub``, ``connection``   from a committed transaction to the bytes on each connection
-``ledger``                                what runs, and whose it is; leaks
+``ledger``, ``explain``                   what runs, and whose it is; what became of a message
 ``checker``                               pings, verdicts, clean-up, gauges
 ``link``, ``net``                         the owner of each socket; the seam to the network
 ``storage``, ``sqlite``                   the promise: what is stored, and in which order

@@ -31,6 +31,7 @@ from mythos_trio.core.backlog import Batch, Replaced, next_batch
 from mythos_trio.core.errors import Close
 from mythos_trio.core.health import Liveness
 from mythos_trio.core.position import Gap, Position
+from mythos_trio.core.timeline import Timeline
 from mythos_trio.core.wire import Framing, Message
 from mythos_trio.storage import Chunk, StoreError
 
@@ -155,6 +156,9 @@ class Connection:
         self.post_at = now  # when a POST last named this connection
         self._start: Callable[[Callable[[], Awaitable[None]]], None] | None = None
         self.replaced = Replaced()
+        self.starts_after = 0  # what is not newer was never for this connection
+        self.late_writes = Timeline()  # of writes while it was behind; the others are those of the rounds
+        self.acknowledgements = Timeline()
         self._behind = True  # from when the link refuses, or from the beginning, to the head of the log
         self._index: int | None = None  # the cursor in the log; None: behind the log, or not known
         self._told_lost = 0  # losses up to this number have been told as a gap
@@ -215,6 +219,10 @@ class Connection:
         """POSIX seconds."""
         return self.opened_at + (max(self.liveness.heard_at, self.link.last_received) - self.opened)
 
+    def _wall(self) -> float:
+        """POSIX seconds."""
+        return self.opened_at + (trio.current_time() - self.opened)
+
     # Beginning and end.
 
     def begin(
@@ -233,7 +241,7 @@ class Connection:
         :param chunk: what was read from the store after *after*, if the log does not reach back so far.
         :param then: what stands between a gap of retention and the messages.
         """
-        self._from = after
+        self._from = self.starts_after = after
         self._wait_between().first = first
         if chunk is not None:
             self.take_chunk(chunk)
@@ -256,8 +264,10 @@ class Connection:
 
     def confirm(self, seq: int) -> None:
         """The client said itself that it has everything up to *seq*."""
-        if seq > self.acknowledged:
-            self.acknowledged = min(seq, self.written)
+        upto = min(seq, self.written)
+        if upto > self.acknowledged:
+            self.acknowledgements.add(self.acknowledged, upto, self._wall())
+            self.acknowledged = upto
         self.session.saw(seq)
 
     def look_at_kernel(self) -> bool:
@@ -473,6 +483,8 @@ class Connection:
             if batch.skipped:
                 self.replaced.note(batch.skipped)
                 self.session.skipped_for(self, batch.skipped)
+            if self._behind:
+                self.late_writes.add(self.written, upto, self._wall())
             self._has_written(batch.messages, upto)
         else:
             self._move_to(self._from if batch is None else upto)

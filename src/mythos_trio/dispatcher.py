@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -24,6 +23,7 @@ from attrs import define, field, frozen
 from mythos_trio import logs
 from mythos_trio.core import names
 from mythos_trio.core.errors import ErrorType, Refusal
+from mythos_trio.core.timeline import Timeline
 from mythos_trio.core.transaction import Append, Committed, Outcome, Reason, Refused, Transaction
 from mythos_trio.core.wire import Message
 
@@ -108,8 +108,9 @@ class Dispatcher:
         self._room = trio.Event()
         self._idle = trio.Event()
         self._idle.set()
-        self.rounds: deque[tuple[int, float]] = deque(maxlen=ROUNDS_KEPT)
-        """(newest number, POSIX time) of the newest rounds: when a number was written."""
+        self.rounds = Timeline(ROUNDS_KEPT)
+        """When the numbers of each round were written (POSIX time) to all that were not behind."""
+        self._rounds_upto = hub.newest
 
     # Asking.
 
@@ -214,7 +215,10 @@ class Dispatcher:
     async def write_round(self) -> None:
         """Write every connection that is behind once, in slices."""
         dirty = self._hub.dirty
-        self.rounds.append((self._hub.newest, self._clock.now()))
+        newest = self._hub.newest
+        if newest > self._rounds_upto:
+            self.rounds.add(self._rounds_upto, newest, self._clock.now())
+            self._rounds_upto = newest
         count = 0
         while dirty:
             connection = next(iter(dirty))

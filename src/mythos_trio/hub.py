@@ -7,12 +7,17 @@ live is the stream that the store would replay.
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+from attrs import frozen
 
 from mythos_trio.core import names
+from mythos_trio.core.backlog import Replaced
 from mythos_trio.core.data import Data
 from mythos_trio.core.session import State
+from mythos_trio.core.timeline import Timeline
 from mythos_trio.core.transaction import (
     Append,
     Committed,
@@ -32,6 +37,29 @@ if TYPE_CHECKING:
     from mythos_trio.session import LiveSession
     from mythos_trio.storage import Recovered
     from mythos_trio.timers import TimerClock
+
+
+# Of a session; and of so many sessions. About 1 KiB each at most, a tenth of that as a rule.
+MAX_DEPARTED: Final = 4
+MAX_DEPARTED_SESSIONS: Final = 10_000
+
+
+@frozen
+class Departed:
+    """What is remembered of a connection that is over. *closed_at*: POSIX seconds; the rest as there."""
+
+    id: str
+    player_id: str
+    session_id: str
+    transport: str
+    starts_after: int
+    written: int
+    acknowledged: int
+    late_writes: Timeline
+    acknowledgements: Timeline
+    replaced: Replaced
+    closed_at: float
+    reason: str
 
 
 class Hub:
@@ -57,6 +85,8 @@ class Hub:
         self._opened: dict[str, ConnectionRow] = {}
         self._closed: list[str] = []
         self._last_online: dict[tuple[str, str], float] = {}
+        self.departed: OrderedDict[tuple[str, str], deque[Departed]] = OrderedDict()
+        """The newest connections that are over, by player and session."""
 
     def start(self, recovered: Recovered) -> None:
         """Take over what the store was recovered to."""
@@ -197,6 +227,30 @@ class Hub:
         if self._opened.pop(connection.id, None) is None:
             self._closed.append(connection.id)
         self._last_online[connection.player_id, connection.session_id] = now
+        self._remember(connection, now)
+
+    def _remember(self, connection: Connection, now: float) -> None:
+        """What it has carried, for whoever asks what became of a message."""
+        close = connection.over or connection.link.ended
+        gone = Departed(
+            id=connection.id,
+            player_id=connection.player_id,
+            session_id=connection.session_id,
+            transport=connection.transport,
+            starts_after=connection.starts_after,
+            written=connection.written,
+            acknowledged=connection.acknowledged,
+            late_writes=connection.late_writes,
+            acknowledgements=connection.acknowledgements,
+            replaced=connection.replaced,
+            closed_at=now,
+            reason="lost" if close is None else close.reason,
+        )
+        key = connection.player_id, connection.session_id
+        self.departed.setdefault(key, deque(maxlen=MAX_DEPARTED)).append(gone)
+        self.departed.move_to_end(key)
+        if len(self.departed) > MAX_DEPARTED_SESSIONS:
+            self.departed.popitem(last=False)
 
     @property
     def waiting_notes(self) -> int:

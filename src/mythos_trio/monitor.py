@@ -8,7 +8,6 @@ Times that people read are RFC 3339; ages and deadlines are of Trio's clock, whi
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
@@ -24,9 +23,10 @@ from mythos_trio.core.deliveries import Deliveries
 from mythos_trio.core.errors import ErrorType, Refusal
 from mythos_trio.core.session import State
 from mythos_trio.core.verdicts import Finding, Status
+from mythos_trio.explain import Explainer, expired_by_its_time
 from mythos_trio.machine import Machine
 from mythos_trio.seams import rfc3339
-from mythos_trio.storage import SessionRow, StoredMessage, StoreError
+from mythos_trio.storage import SessionRow, StoreError
 
 if TYPE_CHECKING:
     from mythos_trio.checker import Checker
@@ -69,8 +69,6 @@ _AGES: Final = (
     ("under_24_hours", 86400.0),
     ("over_24_hours", float("inf")),
 )
-
-STOPPED: Final = "unknown: the server stopped"
 
 
 class Stage(StrEnum):
@@ -376,7 +374,8 @@ class Monitor:
         if message is None:
             return await self._gone(message_id)
         rows, total = await self._read(self.storage.receivers, message, MAX_RECEIVERS)
-        receivers = [receiver for row in rows for receiver in self._receivers(message, row)]
+        explainer = Explainer(self.hub, self.dispatcher.rounds, self._newest_at_start)
+        receivers = [receiver for row in rows for receiver in explainer.receivers(message, row)]
         return {
             "id": message.id,
             "state": "stored",
@@ -392,7 +391,13 @@ class Monitor:
         }
 
     async def _gone(self, message_id: str) -> Answer:
-        if not await self._read(self.storage.find_expired, message_id):
+        settings = self.settings
+        expired = await self._read(self.storage.find_expired, message_id)
+        if expired is not None:
+            why = f"retention removed it at {rfc3339(expired.removed_at)}"
+        elif expired_by_its_time(message_id, self.clock.now(), settings.message_retention):
+            why = "as far as its id says, which begins with the time when it was made: it is not remembered"
+        else:
             raise Refusal(
                 ErrorType.VALIDATION,
                 f"no message has the id {message_id!r}: it was never accepted, or it has expired long ago",
@@ -402,71 +407,16 @@ class Monitor:
         return {
             "id": message_id,
             "state": "expired",
-            "why": "retention has removed it (MESSAGE_RETENTION, MESSAGE_RETENTION_COUNT, MAX_STORE_BYTES)",
-            "seq": None,
-            "epoch": None,
-            "target": None,
+            "why": f"{why} (MESSAGE_RETENTION, MESSAGE_RETENTION_COUNT, MAX_STORE_BYTES)",
+            "seq": None if expired is None else expired.seq,
+            "epoch": None if expired is None else self.hub.epoch,
+            "target": None if expired is None else names.target_fields(expired.target),
             "accepted_at": None,
             "stored_at": None,
             "receivers": [],
             "receivers_total": 0,
             **self._stamped(),
         }
-
-    def _receivers(self, message: StoredMessage, row: SessionRow) -> list[Answer]:
-        """One entry for every connection of a session, or one without a connection."""
-        live = self.hub.live(row.player_id, row.session_id)
-        if live is None or not live.connections:
-            return [self._without_connection(message, row, live)]
-        return [self._on_connection(message, connection, live.seen) for connection in live.connections.values()]
-
-    def _without_connection(self, message: StoredMessage, row: SessionRow, live: LiveSession | None) -> Answer:
-        if self._seen(row, live) >= message.seq:
-            state, why = "acknowledged", "it arrived on a connection that is gone"
-        elif row.ended_at is not None:
-            state, why = "ended", f"the session ended ({row.end_reason}) before the message had surely arrived"
-        elif message.seq <= self._newest_at_start:
-            state, why = "unknown", f"{STOPPED}; it is sent when the player comes back"
-        elif live is not None:
-            state, why = "pending", "the player is link-dead: it is sent when a connection comes back"
-        else:
-            state, why = "pending", "the player is offline: it is mail, sent when the player comes back"
-        return _receiver(row.player_id, row.session_id, state=state, why=why)
-
-    def _on_connection(self, message: StoredMessage, connection: Connection, seen: int) -> Answer:
-        written_at, why = None, None
-        if connection.acknowledged >= message.seq:
-            state = "acknowledged"
-        elif connection.written >= message.seq:
-            state = "written"
-            why = "it arrived on another connection" if seen >= message.seq else "the client has not confirmed it yet"
-        else:
-            state = "pending"
-            why = f"{connection.behind} messages behind, waiting for {connection.waiting_for or 'its turn'}"
-        if connection.written >= message.seq:
-            written_at, unknown = self._written_at(message.seq, connection)
-            why = why or unknown
-        return _receiver(
-            connection.player_id,
-            connection.session_id,
-            connection_id=connection.id,
-            transport=connection.transport,
-            written_at=written_at,
-            state=state,
-            why=why,
-        )
-
-    def _written_at(self, seq: int, connection: Connection) -> tuple[str | None, str | None]:
-        """When the round that wrote *seq* was, or why that cannot be known."""
-        if seq <= self._newest_at_start:
-            return None, STOPPED
-        rounds = list(self.dispatcher.rounds)
-        index = bisect_left(rounds, seq, key=lambda entry: entry[0])
-        if index == len(rounds) or (index == 0 and len(rounds) == self.dispatcher.rounds.maxlen):
-            return None, f"unknown: the times of the newest {self.dispatcher.rounds.maxlen} rounds are kept"
-        if rounds[index][1] < connection.opened_at:
-            return None, "the connection came later: replayed from the store"
-        return rfc3339(rounds[index][1]), None
 
     async def _read(self, reading: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """Ask the store, within `STORE_SECONDS`; a store that cannot answer is a 503 refusal."""
@@ -665,29 +615,6 @@ def _names_under(nursery: trio.Nursery) -> Iterator[str]:
 
 def _count_tasks() -> int:
     return trio.lowlevel.current_statistics().tasks_living
-
-
-def _receiver(
-    player_id: str,
-    session_id: str,
-    *,
-    state: str,
-    why: str | None,
-    connection_id: str | None = None,
-    transport: str | None = None,
-    written_at: str | None = None,
-) -> Answer:
-    return {
-        "player_id": player_id,
-        "session_id": session_id,
-        "connection_id": connection_id,
-        "transport": transport,
-        "written_at": written_at,
-        # Marks have no times: a client confirms a position, not each message.
-        "acknowledged_at": None,
-        "state": state,
-        "why": why,
-    }
 
 
 def _player_health(connections: Sequence[Connection]) -> Answer:

@@ -31,6 +31,7 @@ from mythos_trio.core.messages import decode_json
 from mythos_trio.core.requests import Command as ClientCommand
 from mythos_trio.core.requests import command_digest
 from mythos_trio.core.session import Happening, Presence, State, after, parse_presence
+from mythos_trio.core.timeline import Timeline
 from mythos_trio.core.transaction import (
     Answer,
     Committed,
@@ -107,6 +108,7 @@ class LiveSession:
         self.presence: Presence = parse_presence(row.told, row.owed)
         self.seen = max(row.seen, context.hub.marked(row.player_id, row.session_id))
         self.channels: dict[str, int] = dict.fromkeys(row.channels, 0)
+        self.sightings = Timeline()  # when `seen` moved
         self.connections: dict[str, Connection] = {}
         self.connections_by_age: dict[Connection, None] = {}
         self.log: Log | None = None
@@ -294,6 +296,7 @@ class LiveSession:
     def saw(self, seq: int) -> None:
         """Everything up to *seq* has surely arrived at a client."""
         if seq > self.seen:
+            self.sightings.add(self.seen, seq, self._context.clock.now())
             self.seen = seq
             self.deliveries.confirm(seq)
             self._hub.mark(self.player_id, self.session_id, seq)

@@ -75,6 +75,15 @@ class StoredMessage:
 
 
 @frozen
+class Expired:
+    """What is left of a message that retention has removed. *removed_at*: POSIX seconds."""
+
+    seq: int
+    target: str
+    removed_at: float
+
+
+@frozen
 class Chunk:
     """A part of a session's stream: all of it after the asked number up to *complete_to*.
 
@@ -229,9 +238,9 @@ class Database(Protocol):
 
     def find_answer(self, player_id: str, session_id: str, command_id: str) -> Answer | None: ...
     def find_message(self, message_id: str) -> StoredMessage | None: ...
-    def find_expired(self, message_id: str) -> bool:
-        """Whether a message with this id was stored once and retention has removed it; False if
-        that cannot be known."""
+    def find_expired(self, message_id: str) -> Expired | None:
+        """What is remembered of a message that was stored once and that retention has removed; None if
+        there was none such, or it is not remembered any more."""
         ...
 
     def receivers(self, message: StoredMessage, limit: int) -> tuple[list[SessionRow], int]:
@@ -516,7 +525,7 @@ class Storage:
     async def find_message(self, message_id: str) -> StoredMessage | None:
         return await self._runner.read(self._database.find_message, message_id)
 
-    async def find_expired(self, message_id: str) -> bool:
+    async def find_expired(self, message_id: str) -> Expired | None:
         return await self._runner.read(self._database.find_expired, message_id)
 
     async def receivers(self, message: StoredMessage, limit: int) -> tuple[list[SessionRow], int]:

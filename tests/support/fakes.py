@@ -6,7 +6,6 @@ read of them, and the store is a few dicts.
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any, cast
 
 import trio
@@ -19,13 +18,14 @@ from mythos_trio.core.errors import Close, ErrorType, Refusal
 from mythos_trio.core.log import Log
 from mythos_trio.core.position import Position
 from mythos_trio.core.session import State
+from mythos_trio.core.timeline import Timeline
 from mythos_trio.hub import Hub
 from mythos_trio.ledger import Ledger
 from mythos_trio.machine import Disk, Machine, Memory
 from mythos_trio.monitor import Monitor
 from mythos_trio.registrar import SwitchResult
 from mythos_trio.statistics import Statistics
-from mythos_trio.storage import Chunk, SessionRow, StoredMessage, StoreError
+from mythos_trio.storage import Chunk, Expired, SessionRow, StoredMessage, StoreError
 
 NOW = 1_700_000_000.0
 """2023-11-14T22:13:20.000Z"""
@@ -75,6 +75,9 @@ class FakeConnection:
     waiting_for: str | None = None
     last_activity: float = NOW - 1
     why: str | None = None
+    starts_after: int = 0
+    late_writes: Timeline = field(factory=Timeline)
+    acknowledgements: Timeline = field(factory=Timeline)
     waiting_replies: int = 0
     over: Close | None = None
     link: FakeLink = field(factory=lambda: FakeLink())
@@ -109,6 +112,7 @@ class FakeSession:
     waiting_commands: int = 0
     running_handler: bool = False
     running_timers: int = 0
+    sightings: Timeline = field(factory=Timeline)
 
     @property
     def player_id(self) -> str:
@@ -135,7 +139,7 @@ class FakeStorage:
     bytes_in_use: int = 1000
     rows: dict[str, SessionRow] = field(factory=dict)
     messages: dict[str, StoredMessage] = field(factory=dict)
-    expired: set[str] = field(factory=set)
+    expired: dict[str, Expired] = field(factory=dict)
     receiving: list[SessionRow] = field(factory=list)
     asked_figures: int = 0
 
@@ -164,9 +168,9 @@ class FakeStorage:
         await self._look()
         return self.messages.get(message_id)
 
-    async def find_expired(self, message_id: str) -> bool:
+    async def find_expired(self, message_id: str) -> Expired | None:
         await self._look()
-        return message_id in self.expired
+        return self.expired.get(message_id)
 
     async def receivers(self, message: StoredMessage, limit: int) -> tuple[list[SessionRow], int]:
         await self._look()
@@ -177,7 +181,7 @@ class FakeStorage:
 class FakeDispatcher:
     queued: int = 0
     capacity: int = 4096
-    rounds: deque[tuple[int, float]] = field(factory=lambda: deque(maxlen=4))
+    rounds: Timeline = field(factory=lambda: Timeline(4))
 
 
 @define

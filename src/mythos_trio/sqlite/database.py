@@ -541,6 +541,7 @@ class SqliteDatabase(ReadingHalf):
             lambda: work.remove_answers(cursors),
             work.forget_sessions,
             work.remove_requests,
+            work.forget_expired,
             work.remove_connections,
             lambda: work.sweep_targets(cursors, slice_rows),
         )

@@ -18,12 +18,13 @@ from mythos_trio.sqlite.tables import (
     MESSAGE_COLUMNS,
     SESSION_COLUMNS,
     find_answer,
+    id_key,
     newest_session,
     posix,
     removed_of,
     roll_back,
 )
-from mythos_trio.storage import Bounds, Chunk, SessionRow, StoredMessage, StoreError
+from mythos_trio.storage import Bounds, Chunk, Expired, SessionRow, StoredMessage, StoreError
 
 # A chunk is held in memory whole: as much as a session's log.
 MAX_CHUNK_BYTES: Final = 1 << 20
@@ -194,9 +195,13 @@ class ReadingHalf:
             row = db.execute(f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE id = ?", (message_id,)).fetchone()
             return None if row is None else message_of(row)
 
-    def find_expired(self, message_id: str) -> bool:
-        """Ids are forgotten with their messages: it cannot be known."""
-        return False
+    def find_expired(self, message_id: str) -> Expired | None:
+        with self._reading() as db:
+            row = db.execute(
+                "SELECT seq, target, removed_at FROM expired WHERE key = ? ORDER BY number DESC LIMIT 1",
+                (id_key(message_id),),
+            ).fetchone()
+            return None if row is None else Expired(row[0], row[1], posix(row[2]))
 
     def receivers(self, message: StoredMessage, limit: int) -> tuple[list[SessionRow], int]:
         columns = ", ".join(f"s.{column.strip()}" for column in SESSION_COLUMNS.split(","))

@@ -10,7 +10,7 @@ from typing import Final
 from attrs import define, field
 
 from mythos_trio.seams import rfc3339
-from mythos_trio.sqlite.tables import newest_session
+from mythos_trio.sqlite.tables import id_key, newest_session
 from mythos_trio.storage import Bounds, Cleaned
 
 # What a message's row costs beside its body: indexes, id, digest, time (measured: 150-200 bytes).
@@ -19,6 +19,10 @@ ROW_OVERHEAD: Final = 180
 ROOM_SHARE: Final = 8
 # A row of a connection whose session ended this long ago is stale: marks are written within 1 s.
 STALE_SECONDS: Final = 60.0
+# Of removed messages so many are remembered, if they take no more than this part of MAX_STORE_BYTES.
+MAX_EXPIRED: Final = 200_000
+EXPIRED_SHARE: Final = 64
+EXPIRED_BYTES: Final = 100
 
 _REMOVED: Final = """
     INSERT INTO targets (target, removed, removed_at) VALUES (:target, :newest, :now)
@@ -55,6 +59,8 @@ class Slice:
     requests: int = 0
     connections: int = 0
     expired_mail: int = 0
+    remembers: bool = True
+    """Whether the ids of what is removed are remembered."""
     removed_bytes: int = 0
     """Of messages, with what their rows cost."""
     within: list[str] = field(factory=list)
@@ -100,7 +106,7 @@ class Slice:
         """Remove the oldest messages of the store: all of *rows* (seq, target, bytes)."""
         if not rows:
             return
-        self.db.execute("DELETE FROM messages WHERE seq <= ?", (rows[-1][0],))
+        self._delete("seq <= ?", rows[-1][0])
         by_target: dict[str, list[tuple[int, int]]] = {}
         for seq, target, size in rows:
             by_target.setdefault(target, []).append((seq, size))
@@ -127,6 +133,7 @@ class Slice:
 
         :returns: False if there is nothing that could be removed.
         """
+        self.remembers = False  # it is to make room
         # -bytes: the largest is the heap's first.
         largest = self.db.execute(
             "SELECT -bytes, target, messages FROM targets WHERE messages > 0 ORDER BY bytes DESC LIMIT 32"
@@ -160,9 +167,21 @@ class Slice:
             (target, count),
         ).fetchall()
         if rows:
-            self.db.execute("DELETE FROM messages WHERE target = ? AND seq <= ?", (target, rows[-1][0]))
+            self._delete("target = ? AND seq <= ?", target, rows[-1][0])
             self._account(target, rows)
         return len(rows)
+
+    def _delete(self, where: str, *values: object) -> None:
+        """Delete messages, and remember their ids, so that it can be said that they have expired."""
+        if not self.remembers:
+            self.db.execute(f"DELETE FROM messages WHERE {where}", values)
+            return
+        gone = self.db.execute(f"DELETE FROM messages WHERE {where} RETURNING id, seq, target", values).fetchall()
+        now = rfc3339(self.now)
+        self.db.executemany(
+            "INSERT INTO expired (key, seq, target, removed_at) VALUES (?, ?, ?, ?)",
+            [(id_key(id_), seq, target, now) for id_, seq, target in gone],
+        )
 
     def _account(self, target: str, gone: Sequence[tuple[int, int]]) -> None:
         """Remember what the removal of *gone*, (seq, bytes) of the oldest of *target*, means."""
@@ -266,6 +285,18 @@ class Slice:
         ).rowcount
         self.requests += gone
         self.left -= gone
+
+    def forget_expired(self) -> None:
+        """Of what has been removed only the newest is remembered, and no longer than an ended session."""
+        most = min(MAX_EXPIRED, self.bounds.store_bytes // EXPIRED_SHARE // EXPIRED_BYTES)
+        newest = self.db.execute("SELECT max(number) FROM expired").fetchone()[0] or 0
+        forget = self._before(self.bounds.session_seconds)
+        rows = self.db.execute(
+            "SELECT number, removed_at FROM expired ORDER BY number LIMIT ?", (max(self.left, 0),)
+        ).fetchall()
+        gone = [(number,) for number, removed_at in rows if number <= newest - most or removed_at < forget]
+        self.db.executemany("DELETE FROM expired WHERE number = ?", gone)
+        self.left -= len(gone)
 
     def remove_connections(self) -> None:
         """Rows of connections whose session has ended long ago: there should be none."""

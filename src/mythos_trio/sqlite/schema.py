@@ -110,5 +110,16 @@ VERSION_2: Final = (
         PRIMARY KEY (owner, name)) WITHOUT ROWID""",
 )
 
+VERSION_3: Final = (
+    # Messages that retention has removed: `key` is of their id (`tables.id_key`). The newest ones only.
+    """CREATE TABLE expired (
+        number INTEGER PRIMARY KEY,
+        key INTEGER NOT NULL,
+        seq INTEGER NOT NULL,
+        target TEXT NOT NULL,
+        removed_at TEXT NOT NULL)""",
+    "CREATE INDEX expired_key ON expired (key)",
+)
+
 # What makes version n of version n - 1. A new version is one more entry; entries never change.
-SCHEMA: Final[Schema] = (VERSION_1, VERSION_2)
+SCHEMA: Final[Schema] = (VERSION_1, VERSION_2, VERSION_3)
