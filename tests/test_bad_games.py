@@ -407,6 +407,25 @@ async def test_a_handler_that_blocks_is_named(autojump_clock: MockClock) -> None
     assert "trio.to_thread.run_sync" in line["fix"]
 
 
+async def test_a_timer_that_blocks_is_named_with_its_player(autojump_clock: MockClock) -> None:
+    class Blocking(Game):
+        async def on_command(self, player: Player, command: Command) -> str:
+            player.after(1, "late", None)
+            return "done"
+
+        async def on_timer(self, player: Player, name: str, value: object) -> None:
+            time.sleep(0.15)  # noqa: ASYNC251
+            player.send("line", name)
+
+    with logs.capture() as lines:
+        async with play(Blocking) as world:
+            bob = await world.connect("bob")
+            await bob.command("wait")
+            await bob.until("line")
+    (line,) = [line for line in lines if line["event"].startswith("The game blocked the server: on_timer ran for 0.")]
+    assert line["player_id"] == "bob"
+
+
 # The other handlers.
 
 

@@ -31,6 +31,7 @@ from mythos_trio.core.transaction import (
 from mythos_trio.storage import (
     ConnectionRow,
     Database,
+    Expired,
     InlineRunner,
     Notes,
     Storage,
@@ -371,6 +372,32 @@ def test_marks_and_connections_are_noted(store: Bench) -> None:
 
 
 # Retention.
+
+
+@pytest.mark.parametrize("how", ["age", "count"])
+def test_what_retention_removes_is_remembered(store: Bench, how: str) -> None:
+    store.say("#r", "old")
+    store.now += 100
+    store.say("#r", "new")
+    assert store.db.find_expired("old") is None
+    bounds = evolve(FOREVER, message_seconds=60) if how == "age" else evolve(FOREVER, message_count=1)
+    assert store.clean(bounds).messages == 1
+    assert store.db.find_expired("old") == Expired(1, "#r", store.now)
+    assert store.db.find_expired("new") is None
+    store.now += 200
+    store.clean(evolve(FOREVER, session_seconds=300))
+    assert store.db.find_expired("old") is not None
+    store.clean(evolve(FOREVER, session_seconds=100))
+    assert store.db.find_expired("old") is None
+
+
+def test_of_what_was_removed_the_newest_is_remembered(store: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mythos_trio.sqlite.retention.MAX_EXPIRED", 5)
+    for number in range(20):
+        store.say("#r", f"m{number}")
+    bounds = evolve(FOREVER, message_count=0)
+    assert store.clean(bounds).messages == 20
+    assert [n for n in range(20) if store.db.find_expired(f"m{n}") is not None] == list(range(15, 20))
 
 
 def test_messages_beyond_the_count_go_oldest_first(store: Bench) -> None:

@@ -569,9 +569,16 @@ def _explain_message(answer: dict[str, Any]) -> None:
     if answer["receivers"]:
         click.echo()
         _print_table(
-            ("player", "transport", "state", "written at", "why"),
+            ("player", "transport", "state", "written at", "acknowledged at", "why"),
             [
-                (r["player_id"], r["transport"] or "-", r["state"], r["written_at"] or "-", r["why"] or "-")
+                (
+                    r["player_id"],
+                    r["transport"] or "-",
+                    r["state"],
+                    r["written_at"] or "-",
+                    r["acknowledged_at"] or "-",
+                    r["why"] or "-",
+                )
                 for r in answer["receivers"]
             ],
         )

@@ -97,6 +97,7 @@ class Connection:
         "_start",
         "_told_lost",
         "acknowledged",
+        "acknowledgements",
         "address",
         "attached",
         "expires_at",
@@ -104,6 +105,7 @@ class Connection:
         "heartbeat_at",
         "hub",
         "id",
+        "late_writes",
         "link",
         "liveness",
         "observable",
@@ -115,6 +117,7 @@ class Connection:
         "scope",
         "sent",
         "session",
+        "starts_after",
         "written",
     )
 

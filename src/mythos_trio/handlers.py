@@ -16,7 +16,7 @@ from attrs import define, field, frozen
 
 from mythos_trio import logs
 from mythos_trio.core import wire
-from mythos_trio.core.data import MAX_RUNS, Value
+from mythos_trio.core.data import MAX_RUNS, PLAYER, Value
 from mythos_trio.core.errors import DRAIN, ErrorType, Refusal
 from mythos_trio.core.messages import decode_json
 from mythos_trio.core.session import Owed, State, parse_presence
@@ -451,17 +451,18 @@ async def fire(
 
     A handler that fails has done nothing, and its timer has fired all the same: it would only fail again.
     """
+    player_id = timer.owner.removeprefix(PLAYER)
 
     async def run() -> tuple[Gathering, None]:
         gathering = gather()
         try:
-            await run_handler(context, lambda: call(gathering), gathering, timer.owner, "on_timer")
+            await run_handler(context, lambda: call(gathering), gathering, player_id, "on_timer")
         except Refusal:
             if context.draining:
                 raise
             gathering.drop()
         except Exception as error:
-            handler_failed(gathering, timer.owner.removeprefix("player/"), "on_timer", error)
+            handler_failed(gathering, player_id, "on_timer", error)
         return gathering, None
 
     def complete(gathering: Gathering, _: None) -> Transaction:
