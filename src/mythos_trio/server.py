@@ -370,9 +370,11 @@ def run(
     # through them each time. (A full collection is one pause of the event loop: 60 ms with 100 players, now 7.)
     gc.collect()
     gc.freeze()
+    runner = ThreadRunner()
     try:
-        return trio.run(_main, settings, game, database, listeners, outside)
+        return trio.run(_main, settings, game, database, runner, listeners, outside)
     finally:
+        runner.close()
         for listener in listeners:
             listener.close()
 
@@ -392,7 +394,12 @@ class _Outside:
 
 
 async def _main(
-    settings: Settings, game: Game, database: Database, listeners: Sequence[Listener], outside: _Outside
+    settings: Settings,
+    game: Game,
+    database: Database,
+    runner: Runner,
+    listeners: Sequence[Listener],
+    outside: _Outside,
 ) -> int:
     statistics = Statistics()
     logs.on_error(statistics.logged)
@@ -400,7 +407,7 @@ async def _main(
         settings,
         game=game,
         database=database,
-        runner=ThreadRunner(),
+        runner=runner,
         clock=SystemClock(),
         randomness=SystemRandomness(),
         statistics=statistics,

@@ -276,7 +276,7 @@ class _Job:
     def run(self) -> None:
         try:
             self.value = self.call()
-        except BaseException as error:
+        except BaseException as error:  # noqa: ASYNC103 - it is handed to who waits
             self.error = error
 
     def finish(self) -> None:
