@@ -142,6 +142,28 @@ async def test_while_it_drains_nothing_new_is_taken(tmp_path: Path, autojump_clo
         assert game.ran == ["sleep 3"]
 
 
+async def test_a_post_whose_command_waits_is_refused_too(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """503, as if it had come now: what asks by status must not take it for an answer."""
+    game = Puppet()
+    async with play(tmp_path / "m.db", game=game) as world:
+        ann = await entered(world)
+        await ann.give("sleep 3")
+        await trio.sleep(0.5)
+        answers: list[tuple[int, Any]] = []
+
+        async def ask() -> None:
+            answers.append(await world.request("POST", "/api/connections/ann/commands", {"content": "line waits"}))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await trio.sleep(0.5)
+            world.server.stop()
+        ((status, answer),) = answers
+        assert (status, answer["error_type"]) == (503, "system_error")
+        assert await stopped(world) == 0
+        assert game.ran == ["sleep 3"]
+
+
 async def test_a_refused_post_says_when_to_try_again(tmp_path: Path, autojump_clock: MockClock) -> None:
     async with play(tmp_path / "m.db", game=Puppet()) as world:
         ann = await entered(world)

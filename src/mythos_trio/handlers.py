@@ -143,6 +143,10 @@ def draining(retry_ms: int = 1000) -> Refusal:
     return Refusal(ErrorType.SYSTEM, "the server is restarting", status=503, close=DRAIN, retry_ms=retry_ms)
 
 
+DRAINED: Final = wire.error_body(draining().error_type, draining().message)
+"""The answer to a command that a drain has kept from being run, or cut off: nothing has happened."""
+
+
 @frozen
 class SessionView:
     """What the handlers of one session may ask: the hub, and the session's own subscriptions."""

@@ -23,6 +23,7 @@ from mythos_trio.core.rates import Buckets
 from mythos_trio.core.requests import Command, ack_position, parse_command
 from mythos_trio.core.transaction import MAX_EFFECTS, Append, Committed, Request, Transaction
 from mythos_trio.dispatcher import Submission, raise_if_refused
+from mythos_trio.handlers import DRAINED, draining
 from mythos_trio.registrar import check_current
 from mythos_trio.seams import rfc3339
 from mythos_trio.streams import Streams
@@ -244,6 +245,8 @@ class Posts:
         )
 
     def _reply(self, asker: PostAsker) -> tuple[int, bytes]:
+        if asker.reply == DRAINED:
+            raise draining()
         hub = self._context.hub
         position = hub.newest if asker.position is None else asker.position
         answer = decode_json(asker.reply)

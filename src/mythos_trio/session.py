@@ -46,6 +46,7 @@ from mythos_trio.core.transaction import (
 from mythos_trio.dispatcher import Submission, log_delivered, refusal_of
 from mythos_trio.game import Command, Gathering
 from mythos_trio.handlers import (
+    DRAINED,
     RETRY_SECONDS,
     Context,
     draining,
@@ -401,8 +402,7 @@ class LiveSession:
 
     def drain(self) -> None:
         """The server stops: what waits is answered with an error; what runs goes on."""
-        refusal = draining()
-        _answer_all(self._commands.give_up_waiting(), wire.error_body(refusal.error_type, refusal.message))
+        _answer_all(self._commands.give_up_waiting(), DRAINED)
 
     # Handlers: one task, while there is something to run.
 
