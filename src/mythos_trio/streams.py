@@ -108,7 +108,8 @@ class _Arrival:
     """A connection that is being let in."""
 
     link: Link
-    head: Head
+    head: Head | None
+    """Forgotten when the connection is there: it lives as long as that, and a head is some KiB."""
     visitor: Visitor
     player_id: str
     wish: Wish
@@ -120,6 +121,12 @@ class _Arrival:
     start_over: bool = False
     refusal: Refusal | None = None
     """Why it is not let in: the front door's task says so."""
+
+    async def open(self) -> Channel:
+        assert self.head is not None  # for the type checker: it is opened once
+        channel = await self.transport.open(self.link, self.head)
+        self.head = None
+        return channel
 
 
 class Streams:
@@ -267,7 +274,7 @@ class Streams:
                     return
                 arrival.answering = True
                 try:
-                    channel = await arrival.transport.open(link, arrival.head)
+                    channel = await arrival.open()
                     opened = True
                     with trio.fail_after(OPEN_SECONDS):
                         await self._begin(connection, session, arrival)

@@ -37,7 +37,7 @@ class TimerClock:
         self._ring = ring
         self._start = start
         self._due: dict[str, tuple[float, SetTimer]] = {}
-        self._change = trio.Event()
+        self._change: trio.Event | None = None
         self._running = False
 
     @property
@@ -54,7 +54,7 @@ class TimerClock:
     def close(self) -> None:
         """The owner is gone: its timers rest."""
         self._due.clear()
-        self._change.set()
+        self._tell_change()
         if self._hub.clocks.get(self._owner) is self:
             del self._hub.clocks[self._owner]
 
@@ -65,15 +65,19 @@ class TimerClock:
             self._due.pop(name, None)
         else:
             self._due[name] = (trio.current_time() + timer.seconds, timer)
-        self._change.set()
+        self._tell_change()
         self._run_if_needed()
 
     def again(self, timer: SetTimer, seconds: float) -> None:
         """It was run, but that could not be stored: once more, soon, unless it has been changed."""
         if self._hub.timers.get(self._owner, {}).get(timer.name) == timer and timer.name not in self._due:
             self._due[timer.name] = (trio.current_time() + seconds, timer)
-            self._change.set()
+            self._tell_change()
             self._run_if_needed()
+
+    def _tell_change(self) -> None:
+        if self._change is not None:
+            self._change.set()
 
     def _run_if_needed(self) -> None:
         if self._due and not self._running and self._hub.clocks.get(self._owner) is self:

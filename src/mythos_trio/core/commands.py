@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from typing import Any, Final, Generic, TypeVar
 
 from attrs import define, field, frozen
@@ -46,7 +46,7 @@ class Commands(Generic[Asker]):
         self.complete = complete
         self._keep_count = keep_count
         self._keep_seconds = keep_seconds
-        self._waiting: deque[Entry[Asker]] = deque()
+        self._waiting: list[Entry[Asker]] = []
         self._open: dict[str, Entry[Asker]] = {}
         self._answers: OrderedDict[str, Remembered] = OrderedDict()
         self.running: Entry[Asker] | None = None
@@ -90,7 +90,7 @@ class Commands(Generic[Asker]):
         """Take the next command; it runs until `finish`."""
         if not self._waiting:
             return None
-        self.running = self._waiting.popleft()
+        self.running = self._waiting.pop(0)
         return self.running
 
     def finish(self, entry: Entry[Asker], answer: Remembered | None) -> list[Asker]:

@@ -16,6 +16,8 @@ from mythos_trio.core.wire import Message
 
 MAX_MESSAGES: Final = 1000
 MAX_BYTES: Final = 1 << 20
+# The entries of all logs that are empty: a deque takes 760 bytes.
+_NONE: Final[deque[Message]] = deque()
 
 
 class Log:
@@ -25,7 +27,7 @@ class Log:
 
     def __init__(self, floor: int, *, max_messages: int = MAX_MESSAGES, max_bytes: int = MAX_BYTES) -> None:
         self.floor = floor
-        self._entries: deque[Message] = deque()
+        self._entries = _NONE
         self._first = 0  # the index of the oldest entry; indices are never used again
         self._bytes = 0
         self._max_messages = max_messages
@@ -44,6 +46,8 @@ class Log:
 
     def append(self, message: Message) -> None:
         """Add the newest message; the oldest fall out where a bound is passed."""
+        if self._entries is _NONE:
+            self._entries = deque()
         self._entries.append(message)
         self.newest = message
         self.head += 1

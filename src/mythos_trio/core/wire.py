@@ -9,6 +9,7 @@ Sources: RFC 6455 section 5.2 (frames), the HTML standard's "server-sent events"
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -95,6 +96,10 @@ class Framing(Protocol):
     name: str
 
     def message(self, message: Message, epoch: int) -> bytes: ...
+    def messages(self, messages: Sequence[Message], epoch: int) -> bytes:
+        """Some that follow one another."""
+        ...
+
     def replacing(self, message: Message, epoch: int, count: int) -> bytes:
         """*message* for one connection, to which it stands in for *count* others."""
         ...
@@ -111,7 +116,28 @@ class Framing(Protocol):
         ...
 
 
-class WebSocketFraming:
+class _Shared:
+    """What was joined last. In a round nearly all connections that are sent several messages are sent the same ones."""
+
+    def __init__(self) -> None:
+        self._messages: Sequence[Message] = ()
+        self._epoch = 0
+        self._joined = b""
+
+    def message(self, message: Message, epoch: int) -> bytes:
+        raise NotImplementedError
+
+    def messages(self, messages: Sequence[Message], epoch: int) -> bytes:
+        if len(messages) == 1:
+            return self.message(messages[0], epoch)
+        # Messages are equal only to themselves.
+        if messages != self._messages or epoch != self._epoch:
+            self._joined = b"".join([self.message(message, epoch) for message in messages])
+            self._messages, self._epoch = messages, epoch
+        return self._joined
+
+
+class WebSocketFraming(_Shared):
     name = "websocket"
 
     def message(self, message: Message, epoch: int) -> bytes:
@@ -127,7 +153,7 @@ class WebSocketFraming:
         return text_frame(payload) + close_frame(close.code, close.reason)
 
 
-class SSEFraming:
+class SSEFraming(_Shared):
     name = "sse"
 
     def message(self, message: Message, epoch: int) -> bytes:
