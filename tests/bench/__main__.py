@@ -19,7 +19,7 @@ from tests.bench.scenarios import SCENARIOS, Run, Scenario
 
 def main() -> int:
     options = parse()
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 190)
     report = Report.load(options.show) if options.show else Report.here(options.quick)
     if not options.show:
         measure(options, report, console)

@@ -242,7 +242,7 @@ def running(
 ) -> Iterator[Running]:
     """Start *peer* in a directory of its own, and end it.
 
-    :param store: a filled store that mythos-trio finds; it is linked, so that nothing is copied, and gone after.
+    :param store: a directory with a filled store; mythos-trio gets a copy.
     """
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
         place, port = Path(directory), free_port()

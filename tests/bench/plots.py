@@ -66,7 +66,7 @@ def _bars(report: Report, scenarios: list[Scenario], name: str, label: str, path
         axis.set_title(f"{scenario.name} ({scenario.unit})", fontsize=9)
         axis.tick_params(labelsize=7)
         for number, value in enumerate(values.values()):
-            axis.text(value, number, f" {value:.3g}", va="center", fontsize=7)
+            axis.text(value, number, f" {value:,.0f}" if value >= 100 else f" {value:.3g}", va="center", fontsize=7)
         axis.margins(x=0.25)
     figure.supxlabel(label, fontsize=8)
     _save(figure, path)

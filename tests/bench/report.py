@@ -217,7 +217,8 @@ class Report:
             console.print("[yellow]--quick: everything runs, and the figures mean nothing[/yellow]")
         table = Table(title="Medians; × less: server processor time for a unit (or memory) beside FastAPI + uvicorn")
         for head in HEADS:
-            table.add_column(head, justify="left" if head in ("scenario", "peer") else "right")
+            names = head in ("scenario", "peer")
+            table.add_column(head, justify="left" if names else "right", no_wrap=names)
         before = ""
         for scenario, case, peer in self._rows():
             if scenario.name + case != before and before:
