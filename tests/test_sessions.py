@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -92,6 +92,27 @@ async def test_coming_back_gives_a_full_grace_again(tmp_path: Path, autojump_clo
             ann.close()
             await trio.sleep(50)
             assert await status_of(world) == "linkdead"
+
+
+async def test_a_visit_of_an_instant_gives_a_full_grace_too(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """A connection that is attached and gone before any other task of the session has run."""
+
+    class Instant:
+        id = "instant"
+        attached = False
+
+    async with play(tmp_path / "m.db", game=Puppet(), linkdead_grace=60) as world:
+        ann = await entered(world)
+        ann.close()
+        await trio.sleep(50)
+        session, connection = world.server.hub.sessions["ann"], cast(Any, Instant())
+        session.arriving += 1
+        session.attach(connection)
+        session.detach(connection)
+        await trio.sleep(50)
+        assert await status_of(world) == "linkdead"
+        await trio.sleep(20)
+        assert await status_of(world) == "offline"
 
 
 async def test_a_link_dead_that_nobody_was_told_of_cancels_out(tmp_path: Path, autojump_clock: MockClock) -> None:

@@ -102,6 +102,7 @@ class LiveSession:
         "_paid",
         "_paying",
         "_scope",
+        "_visits",
         "_working",
         "arriving",
         "channels",
@@ -171,6 +172,7 @@ class LiveSession:
         self.comes_after: trio.Event | None = None
         self._arrived = trio.Event()
         self._paid: trio.Event | None = None
+        self._visits = 0  # connections that have been attached
         self._paying: Submission | None = None
         self._note_after_paying = False
         self._noted_state = State(row.state)
@@ -239,10 +241,13 @@ class LiveSession:
         while True:
             while self.online or self.arriving:
                 await self._wait_change()
+            visits = self._visits
             with trio.move_on_after(self._context.settings.linkdead_grace) as grace:
-                while not self.online:
+                # A connection may have come and gone before this task has run: the grace begins again.
+                while not self.online and self._visits == visits:
                     await self._wait_change()
-            if grace.cancelled_caught and not self.arriving and await self._leave():
+            waited = grace.cancelled_caught and self._visits == visits
+            if waited and not self.arriving and await self._leave():
                 return
 
     async def _wait_change(self) -> None:
@@ -306,6 +311,7 @@ class LiveSession:
     def attach(self, connection: Connection) -> None:
         """A connection has been accepted: from now on it reads the log."""
         self.state = after(self.state, Happening.ATTACH)
+        self._visits += 1
         if self.log is None:
             self.log = Log(self._hub.newest)
         self.arriving -= 1
