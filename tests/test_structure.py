@@ -13,6 +13,7 @@ from mythos_trio.core import errors, requests
 from mythos_trio.core.errors import Close, ErrorType
 from mythos_trio.core.messages import RESERVED_TYPES
 from mythos_trio.core.session import State
+from tests.e2e.bad_clients.cases import CASES
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "mythos_trio"
@@ -122,6 +123,15 @@ def test_the_map_of_the_package_names_every_module() -> None:
     described = re.findall(r"``(\w+)``", (SOURCE / "__init__.py").read_text().partition("from typing")[0])
     assert top - set(described) == set()
     assert set(described) - top == set()
+
+
+# Reliability.
+
+
+def test_the_table_of_bad_clients_has_the_cases_that_are_played() -> None:
+    section = Page(DOCS / "reliability.rst").section("Bad clients")
+    rows = re.findall(r"^   \* - ``([\w-]+)``\n     - (.*)\n     - (.*)$", section, re.MULTILINE)
+    assert rows == [(case.name, case.does, case.bound.text) for case in CASES]
 
 
 # The pages.
