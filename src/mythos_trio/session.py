@@ -124,6 +124,7 @@ class LiveSession:
         "row",
         "seen",
         "session_id",
+        "sightings",
         "state",
         "why",
     )
