@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 
+import pytest
 import trio
 from trio.testing import MockClock
 
+from mythos_trio import registrar
 from mythos_trio.game import Game, Player
-from tests.support.play import play
+from tests.support.play import World, play
 
 
 class Leaver(Game):
@@ -55,3 +58,30 @@ async def test_on_leave_of_a_removed_session_comes_before_the_next_join(
         assert game.told == [("join", "one"), ("leave", "one"), ("join", "two")]
         again.close()
         client.close()
+
+
+class Bug(Exception):
+    pass
+
+
+async def test_a_crash_ends_the_server_however_many_players_are_coming(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them began one change after the other, in a nursery that was to end: it never did."""
+
+    def begin_living(*arguments: object, **named: object) -> NoReturn:
+        raise Bug
+
+    async def come(world: World, player: str) -> None:
+        client = await world.websocket(player)
+        await client.until_type("welcome")
+
+    async def crash() -> None:
+        async with play(tmp_path / "m.db") as world, trio.open_nursery() as nursery:
+            for number in range(64):
+                nursery.start_soon(come, world, f"p{number}")
+
+    monkeypatch.setattr(registrar, "LiveSession", begin_living)
+    with pytest.raises(BaseExceptionGroup) as raised:
+        await crash()
+    assert raised.value.subgroup(Bug) is not None

@@ -231,6 +231,10 @@ class Registrar:
 
     async def _change(self, player_id: str, act: Callable[[_Change], Awaitable[object]]) -> object:
         """Run *act* as the player's one change and wait for it."""
+        if self._nursery is not None and self._nursery.cancel_scope.cancel_called:
+            # Something in it has crashed. Who waits would begin one change after the other, and the nursery, and
+            # with it the process, could never end.
+            raise draining()
         change = self._changes[player_id] = _Change()
         self._start(self._run_change, player_id, change, act)
         await _either(change.done, change.late)
