@@ -266,9 +266,10 @@ def running(
             )
         try:
             wait_until(lambda: _answers(peer, process, place, port), f"{peer.name} answers", START_SECONDS)
-            yield Running(peer, programs, process, port, time.monotonic() - began, place)
+            server = Running(peer, programs, process, port, time.monotonic() - began, place)
+            yield server
             if process.poll() is not None:
-                raise BenchFailed(f"{peer.name} has ended: {process.returncode}")
+                raise BenchFailed(f"{peer.name} has ended: {process.returncode}\n{server.words()}")
         finally:
             process.kill()
             process.wait(30)
