@@ -110,6 +110,8 @@ class Context:
     clock: Clock
     randomness: Randomness
     turns: Turns = field(factory=Turns)
+    unheard: frozenset[Owed] = field(init=False)
+    """The handlers of presence that the game does not have."""
     draining: bool = False
     """From now on no command is taken, and a link-dead connection owes nothing."""
     switch: Callable[[LiveSession], None] = lambda _: None
@@ -117,6 +119,11 @@ class Context:
     handlers: dict[trio.CancelScope, trio.lowlevel.Task] = field(factory=dict)
     """The handlers that run now, and in which task: a drain cuts them off after a while."""
     _one_ended: trio.Event = field(factory=trio.Event)
+
+    @unheard.default
+    def _find_unheard(self) -> frozenset[Owed]:
+        game = type(self.game)
+        return frozenset(owed for owed in Owed if getattr(game, f"on_{owed}") is getattr(Game, f"on_{owed}"))
 
     def handler_ended(self) -> None:
         """A handler, or a session's turn of them, is over: a drain looks again. Costs nothing otherwise."""

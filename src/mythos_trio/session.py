@@ -453,7 +453,9 @@ class LiveSession:
     # Handlers: one task, while there is something to run.
 
     def _owe(self, presence: Presence) -> None:
-        """Note what is owed now, and the state, where that has changed."""
+        """Note what is owed now, and the state, where that has changed. What the game has no handler for it is not
+        owed: that saves each visit two transactions."""
+        presence = presence.without(self._context.unheard)
         if presence != self.presence or self.state is not self._noted_state:
             self.presence = presence
             self._noted_state = self.state

@@ -87,3 +87,13 @@ def test_what_is_owed_stays_short_while_nothing_can_be_paid() -> None:
 @pytest.mark.parametrize("presence", [Presence(), Presence(Told.LINKDEAD, (RETURN, LOST, LEAVE))])
 def test_the_row_holds_what_is_owed(presence: Presence) -> None:
     assert parse_presence(presence.told.value, presence.owed_text) == presence
+
+
+def test_what_the_game_does_not_hear_is_paid_in_its_turn() -> None:
+    joined = Presence().arrived()
+    assert joined.without({Owed.JOIN}) == Presence(Told.PRESENT)
+    assert joined.without({Owed.LEAVE}) == joined
+    assert joined.started().without({Owed.JOIN}) == joined.started()  # it is being run
+    away = joined.lost().left()
+    assert away.without({Owed.LINKDEAD, Owed.LEAVE}) == away  # on_join comes first
+    assert away.without({Owed.JOIN, Owed.LINKDEAD}) == Presence(Told.LINKDEAD, (Owed.LEAVE,))

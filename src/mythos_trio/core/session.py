@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from enum import Enum, StrEnum
 from typing import Final
 
@@ -136,6 +137,13 @@ class Presence:
     def paid(self) -> Presence:
         """The first one owed has been run and committed."""
         return Presence(_TELLS[self.owed[0]], self.owed[1:])
+
+    def without(self, unheard: Container[Owed]) -> Presence:
+        """Handlers that the game does not have are paid when it is their turn, and they have not been started."""
+        presence = self
+        while presence.owed and not presence.running and presence.owed[0] in unheard:
+            presence = presence.paid()
+        return presence
 
     def not_paid(self) -> Presence:
         """It was run, but the commit failed: nothing happened, it is still owed."""
