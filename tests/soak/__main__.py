@@ -443,8 +443,8 @@ async def bounded(soak: Soak) -> None:
 def log_end(server: Server) -> str:
     path = server.directory / "logs/mythos.log"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    told = [line for line in lines if '"INFO"' not in line and '"Message delivered"' not in line]
-    return "\n".join(line[:2000] for line in told[-15:])
+    told = [line for line in lines if '"Message delivered"' not in line]
+    return "\n".join(line[:2000] for line in told[-25:])
 
 
 def isolate() -> None:
