@@ -76,7 +76,8 @@ class Server:
             # Enough for whoever is away for a while, and so few that old ones go while the run lasts.
             "MESSAGE_RETENTION_COUNT": "4000",
         }
-        serve = [sys.executable, "-m", "mythos_trio", "serve", GAME]
+        # With faulthandler an abort shows where every thread is.
+        serve = [sys.executable, "-X", "faulthandler", "-m", "mythos_trio", "serve", GAME]
         with (self.directory / "console.txt").open("ab") as console:
             self.process = subprocess.Popen(
                 ["sh", "-c", f'ulimit -n {FILES} && exec "$@"', "sh", *serve],
@@ -129,15 +130,18 @@ class Server:
 
         :raises Failed: it does not end.
         """
-        assert self.process is not None
+        process = self.process
+        assert process is not None
         self._expected = True
         with trio.move_on_after(seconds):
-            while (code := self.process.poll()) is None:
+            while (code := process.poll()) is None:
                 await trio.sleep(0.005)
             self.process = None
             self.exits[code] = self.exits.get(code, 0) + 1
             return code
-        raise Failed(f"the server did not end within {seconds:g} s")
+        process.send_signal(signal.SIGABRT)
+        await trio.sleep(1.0)
+        raise Failed(f"the server did not end within {seconds:g} s: {self.console()}")
 
     async def watch(self) -> None:
         """Until it ends by itself, which it must not.
