@@ -10,6 +10,7 @@ Exit code 0: so it was. 1: it was not; what was wrong is printed. 2: it could no
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import shutil
@@ -142,22 +143,24 @@ class Soak:
         return random.Random(self.scene.dice.random())
 
     async def _waves(self) -> None:
-        """Whole rounds of all faults, as long as there is time for another. In a round the process lives on as
-        long as it can, since what grows is seen only in a long life."""
-        began = trio.current_time()
-        gentle = [name for name in GENTLE if name in self.options.faults]
-        hard = [name for name in HARD if name in self.options.faults]
-        passes = 1
-        while True:
-            round_began = trio.current_time()
-            await self._wave("nothing", nothing)
-            for names in (*(gentle for _ in range(passes)), hard):
-                self.scene.dice.shuffle(names)
-                for name in names:
-                    await self._wave(name, self.options.faults[name])
-            passes = 2
-            if 2 * trio.current_time() - round_began - began > self.options.seconds:
+        """Rounds of all faults: one whole round, and as much of others as there is time for. In a round the process
+        lives on as long as it can, since what grows is seen only in a long life."""
+        until = trio.current_time() + self.options.seconds
+        for round_number in itertools.count():
+            for name in self._round(1 if round_number == 0 else 2):
+                if round_number and trio.current_time() > until:
+                    return
+                await self._wave(name, self.options.faults.get(name, nothing))
+            if trio.current_time() > until:
                 return
+
+    def _round(self, passes: int) -> Iterator[str]:
+        """The gentle faults *passes* times, then the hard ones, each time in another order."""
+        yield "nothing"
+        for kind in (*(GENTLE for _ in range(passes)), HARD):
+            names = [name for name in kind if name in self.options.faults]
+            self.scene.dice.shuffle(names)
+            yield from names
 
     async def _wave(self, name: str, fault: Fault) -> None:
         self.wave_number += 1
@@ -465,7 +468,7 @@ def minutes(text: str) -> float:
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=60.0, help="whole rounds, as many as fit; at least one")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long; at least one round of all faults")
     parser.add_argument("--minutes", type=minutes, dest="seconds", help="the same, in minutes")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32, help="decides the order of the faults")
     parser.add_argument("--players", type=int, default=24)
