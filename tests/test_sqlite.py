@@ -134,6 +134,21 @@ def test_a_new_epoch_begins_when_the_end_may_be_lost(
     running.close()
 
 
+def test_the_epoch_of_a_restored_copy_was_never_there_before(machine: Machine) -> None:
+    """A power cut after the copy was made took the number that is next in the copy."""
+    running = machine.start()
+    running.open(NOW)
+    copy = machine.place.with_name("copy")
+    shutil.copytree(machine.place, copy)
+    machine.kill(running)
+    machine.boot = "boot-2"
+    running = machine.start()
+    cut = running.open(NOW).epochs.present
+    machine.kill(running)
+    machine.place = copy
+    assert machine.start().new_epoch(NOW).number > cut == 2
+
+
 def test_what_counts_is_the_durability_of_the_life_that_ended(machine: Machine) -> None:
     for before, after, epoch in (("process", "power", 2), ("power", "process", 2), ("process", "process", 3)):
         running = machine.start(durability=before)
@@ -162,11 +177,13 @@ def test_a_restored_copy_is_told_apart_by_hand(machine: Machine, path: Path) -> 
     with pytest.raises(StoreUnusable):
         machine.start().new_epoch(NOW)
     running.close()
-    assert machine.start().new_epoch(NOW) == Epoch(2, 2)
+    assert machine.start().new_epoch(NOW) == Epoch(int(NOW), 2)
     running = machine.start()
     recovered = running.open(NOW)
-    assert (recovered.epochs.present, recovered.newest, recovered.clean) == (2, 1, True)
+    assert (recovered.epochs.present, recovered.newest, recovered.clean) == (int(NOW), 1, True)
     running.close()
+    # Also if the clock stands still, or was set back.
+    assert machine.start().new_epoch(NOW - 10) == Epoch(int(NOW) + 1, 2)
 
 
 def test_the_machine_tells_its_boots_apart() -> None:

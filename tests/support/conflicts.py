@@ -20,17 +20,14 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
-from unittest import mock
 
 import trio
 import wsproto
 from attrs import define, field, frozen
-from trio.testing import MockClock, wait_all_tasks_blocked
+from trio.testing import wait_all_tasks_blocked
 
-from mythos_trio import connection as connection_module
-from mythos_trio import logs, session, streams
+from mythos_trio import logs
 from mythos_trio.config import Settings
-from mythos_trio.core.log import Log
 from mythos_trio.core.transaction import Committed, Outcome, Transaction
 from mythos_trio.game import Command, CommandError, Game, Player
 from mythos_trio.seams import SeededRandomness
@@ -38,6 +35,7 @@ from mythos_trio.server import Server
 from mythos_trio.session import LiveSession
 from mythos_trio.sqlite import SqliteDatabase
 from mythos_trio.storage import Bounds, Cleaned
+from tests.support.determinism import run_seeded, small_bounds
 from tests.support.memory_net import KERNEL, MemoryListener
 from tests.support.merge import Received, View, parse
 from tests.support.model import History, require
@@ -1234,29 +1232,15 @@ def run(
     :param write: bytes of a write to a connection that is behind.
     """
     trace: list[str] = []
-    # Small bounds, so that a few messages reach what otherwise takes thousands.
-    small = (
-        mock.patch.object(session, "Log", partial(Log, max_messages=log)),
-        mock.patch.object(connection_module, "READ_MESSAGES", chunk),
-        mock.patch.object(connection_module, "CHUNK_BYTES", write),
-        mock.patch.object(streams, "READ_MESSAGES", chunk),
-    )
-    for patch in small:
-        patch.start()
-    # As pytest-trio does: tasks that can run at the same time run in the order that `_r` says.
-    vars(trio._core._run)["_ALLOW_DETERMINISTIC_SCHEDULING"] = True
-    trio._core._run._r.seed(seed)
     try:
-        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as directory:
-            trio.run(_main, seed, Path(directory) / "m.db", steps, trace, clock=MockClock(autojump_threshold=0))
+        shared_memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+        with small_bounds(log, chunk, write), tempfile.TemporaryDirectory(dir=shared_memory) as directory:
+            run_seeded(_main, seed, Path(directory) / "m.db", steps, trace, seed=seed)
     except BaseException as error:
         error.add_note("What was done:\n" + "\n".join(trace))
         listed = "".join(f"    {step},\n" for step in steps)
         error.add_note(f"Again: run([\n{listed}], seed={seed}, log={log}, chunk={chunk}, write={write})")
         raise
-    finally:
-        for patch in small:
-            patch.stop()
 
 
 __all__ = [

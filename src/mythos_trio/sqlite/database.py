@@ -147,13 +147,16 @@ class SqliteDatabase(ReadingHalf):
         """
         Begin a new epoch in a store that nobody has open: it is a copy that was restored.
 
+        Its number is the time in POSIX seconds: since the copy was made there may have been epochs of which it knows
+        nothing, and one whose number came again would be taken for the same by clients that have seen the former.
+
         :raises StoreUnusable: it cannot be opened.
         :raises StoreError: it cannot be written.
         """
         self.open(now)
         try:
             with store_errors(), self._transaction(fsync=True) as db:
-                return self._insert_epoch(db, now)
+                return self._insert_epoch(db, now, least=int(now))
         finally:
             self.close()
 
@@ -283,8 +286,8 @@ class SqliteDatabase(ReadingHalf):
         ]
         return Recovered(epochs, newest, sessions, clean, values, timers)
 
-    def _insert_epoch(self, db: sqlite3.Connection, now: float) -> Epoch:
-        number = db.execute("SELECT coalesce(max(number), 0) + 1 FROM epochs").fetchone()[0]
+    def _insert_epoch(self, db: sqlite3.Connection, now: float, *, least: int = 1) -> Epoch:
+        number = max(least, db.execute("SELECT coalesce(max(number), 0) + 1 FROM epochs").fetchone()[0])
         db.execute("INSERT INTO epochs VALUES (?, ?, ?)", (number, self._next, rfc3339(now)))
         return Epoch(number, self._next)
 

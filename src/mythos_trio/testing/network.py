@@ -7,7 +7,8 @@
 
 Each direction holds at most 64 KiB in the sender's kernel and 64 KiB in the receiver's. What is in
 the sender's kernel is unacknowledged. Controls stand on either end of a pair: `cut` and `mend` the
-cable, `stall` what this end sends, `delay` it, `reset` the connection.
+cable, `stall` what this end sends, `delay` it, `crumble` it to small pieces, `reset` the connection, or
+`forget` it, as a machine that has started again does.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import errno
 import itertools
 from collections import deque
+from collections.abc import Callable
 from weakref import WeakSet
 
 import trio
@@ -36,6 +38,14 @@ class _Way:
     ended: bool = False
     delay: float = 0.0
     stalled: bool = False
+    most: Callable[[], int] | None = None
+    """How many bytes a kernel takes, or hands out, at once; None: as many as there is room for."""
+    record: bytearray | None = None
+    """All that has arrived, if somebody wants to know."""
+
+    def piece(self, size: int) -> int:
+        """How much of *size* bytes passes at once."""
+        return size if self.most is None else max(1, min(size, self.most()))
 
     def put(self, data: bytes) -> None:
         self.queue.append((trio.current_time() + self.delay, data))
@@ -58,6 +68,8 @@ class _Way:
                 continue
             room = self.capacity - len(self.arrived)
             self.arrived += data[:room]
+            if self.record is not None:
+                self.record += data[:room]
             self.queued -= min(room, len(data))
             if data[room:]:
                 self.queue.appendleft((when, data[room:]))
@@ -96,6 +108,7 @@ class MemoryWire:
             raise OSError(errno.EPIPE, "nothing more can be sent")
         self._move()
         sent = 0
+        data = data[: self._out.piece(len(data))]
         while sent < len(data) and (room := self._out.capacity - self._out.queued) > 0:
             self._out.put(bytes(data[sent : sent + room]))
             sent = min(len(data), sent + room)
@@ -109,6 +122,7 @@ class MemoryWire:
         if self.closed or self.error is not None:
             self._check()
         if self._in.arrived:
+            limit = self._in.piece(limit)
             data = bytes(self._in.arrived[:limit])
             del self._in.arrived[:limit]
             self._move()
@@ -198,6 +212,32 @@ class MemoryWire:
     def delay(self, seconds: float) -> None:
         """What this end sends from now on arrives *seconds* later."""
         self._out.delay = seconds
+
+    def crumble(self, most: Callable[[], int] | None) -> None:
+        """What this end sends is taken by its kernel, and handed out by the other's, in pieces: each of at most
+        ``most()`` bytes, one at least. ``lambda: 1`` is byte by byte; None is whole again."""
+        self._out.most = most
+
+    def forget(self) -> None:
+        """This end's machine has started again and knows nothing of the connection. It says nothing; what comes
+        is answered with a reset. So the other end is half-open until it sends."""
+        if self.closed:
+            return
+        self.closed = True
+        self._in.drop()
+        self._out.drop()
+        self._tell()
+
+    @property
+    def other(self) -> MemoryWire:
+        """The other end."""
+        return self._other
+
+    def record(self) -> bytearray:
+        """From now on, all bytes that arrive at this end's kernel, read or not."""
+        if self._in.record is None:
+            self._in.record = bytearray()
+        return self._in.record
 
     # Within.
 

@@ -28,29 +28,48 @@ def _next_life(path: Path) -> int:
 
 
 class VirtualClock:
-    """The wall clock of a run on virtual time."""
+    """The wall clock of a run on virtual time. It may be set, as an operator does, or a time server: `jump`."""
+
+    def __init__(self) -> None:
+        self._set_by = 0.0
 
     def now(self) -> float:
-        return 1_700_000_000.0 + trio.current_time() % 1e6
+        return 1_700_000_000.0 + trio.current_time() % 1e6 + self._set_by
+
+    def jump(self, seconds: float) -> None:
+        """Set it *seconds* forward, or back if they are negative. Virtual time goes on as before."""
+        self._set_by += seconds
 
 
 class Process:
     """One life of a server. Whatever its end, afterwards the store is free for the next.
 
-    :param hook: a slow or broken disk: a `mythos_trio.storage.InlineRunner`, or its hook.
+    :param runner: a slow or broken disk: a `mythos_trio.storage.InlineRunner` with a hook.
+    :param database: of the same *path*; by default one with the default durability.
+    :param clock: the wall clock of the machine, which outlives a process.
     :param settings: fields of `mythos_trio.config.Settings`.
     """
 
-    def __init__(self, path: Path, game: Game, *, seed: int = 0, runner: Runner | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        path: Path,
+        game: Game,
+        *,
+        seed: int = 0,
+        runner: Runner | None = None,
+        database: SqliteDatabase | None = None,
+        clock: VirtualClock | None = None,
+        **settings: Any,
+    ) -> None:
         self.life = _next_life(path)
         """How many there were before on this store."""
-        self.database = SqliteDatabase(path)
+        self.database = database or SqliteDatabase(path)
         self.server = Server(
             Settings(**{"port": 0, "server_id": "test", **settings}),
             game=game,
             database=self.database,
             runner=runner or InlineRunner(),
-            clock=VirtualClock(),
+            clock=clock or VirtualClock(),
             randomness=SeededRandomness(1000 * seed + self.life),
         )
         self.listener = MemoryListener()
@@ -71,10 +90,14 @@ class Process:
 
     async def kill(self) -> None:
         """As ``kill -9``: it takes no further step. The kernel closes what it had open; nobody says a last word."""
+        self.strike()
+        await self.ended.wait()
+
+    def strike(self) -> None:
+        """`kill` without the wait for the end: also a task of the process itself can do it."""
         for wire in self.listener.open_wires:
             wire.close()
         self._scope.cancel()
-        await self.ended.wait()
 
     async def stop(self) -> None:
         """As SIGTERM: it drains, and closes its store in order."""
