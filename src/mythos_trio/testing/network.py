@@ -187,8 +187,11 @@ class MemoryWire:
             return
         self.closed = self.was_reset = True
         self._out.drop()
-        self._in.drop()
-        if not self._out.stalled:
+        if self._out.stalled:
+            # The other end does not hear of it: what is in its kernel stays there, unacknowledged.
+            self._in.arrived.clear()
+        else:
+            self._in.drop()
             self._other._get_reset()
         self._tell()
 
@@ -224,7 +227,7 @@ class MemoryWire:
         if self.closed:
             return
         self.closed = True
-        self._in.drop()
+        self._in.arrived.clear()
         self._out.drop()
         self._tell()
 
