@@ -354,6 +354,51 @@ async def test_a_listener_that_is_closed_when_somebody_comes() -> None:
         socket.create_connection(listener.address).close()
 
 
+async def test_crumbled_bytes_go_and_come_in_pieces(autojump_clock: MockClock) -> None:
+    client, server = wire_pair()
+    sizes = iter((2, 1, 5, 3, 100))
+    client.crumble(lambda: next(sizes))
+    assert client.send(b"abcdef") == 2
+    assert server.recv(100) == b"a"
+    assert client.send(b"cdefgh") == 5
+    assert server.recv(100) == b"bcd"
+    assert server.recv(2) == b"ef"
+    client.crumble(None)
+    assert client.send(b"whole") == 5
+    assert server.recv(100) == b"gwhole"
+
+
+async def test_what_is_forgotten_is_half_open_until_something_is_sent(autojump_clock: MockClock) -> None:
+    client, server = wire_pair()
+    client.send(b"the last that was heard of it")
+    client.forget()
+    assert not server.in_error()
+    with trio.move_on_after(1000) as scope:
+        await read(server)
+        await read(server)
+    assert scope.cancelled_caught
+    server.send(b"are you there?")
+    assert server.in_error()
+    with pytest.raises(OSError, match="broken"):
+        server.recv(100)
+
+
+async def test_behind_a_cut_cable_a_reset_takes_nothing_from_the_other_kernel(autojump_clock: MockClock) -> None:
+    """Else the other end would think that its bytes have arrived."""
+    client, server = wire_pair()
+    arrived = client.record()
+    assert arrived is client.record()
+    server.send(b"this came, ")
+    client.cut()
+    server.send(b"this did not")
+    client.reset()
+    assert not server.in_error()
+    assert server.unacknowledged() == 12
+    assert bytes(arrived) == b"this came, "
+    client.mend()
+    assert server.in_error()
+
+
 async def test_the_listener_in_memory() -> None:
     listener = MemoryListener()
     listener.fail(errno.EMFILE)

@@ -17,5 +17,7 @@
 ``bugs.py``
     deliberate bugs of the server, and which rule catches each;
 ``shrink.py``
-    the shortest plan that still breaks the rule.
+    the shortest plan that still breaks the rule;
+``__main__.py``, ``runs.py``
+    the command line, and its workers.
 """

@@ -10,14 +10,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 
-from attrs import frozen
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tests.simulation import bugs
 from tests.simulation.oracle import RULES
 from tests.simulation.plan import draw_plan
-from tests.simulation.shrink import shrink
+from tests.simulation.runs import Found, find, run_some, shrink_seed
 from tests.simulation.world import Result, run_seed
 
 # A seed is a run of a fifth of a second or so.
@@ -27,42 +26,6 @@ AT_ONCE = 8
 # A bug that is not caught by then is not caught.
 BUG_SEEDS = 400
 SHRINK_SECONDS = 45.0
-
-
-@frozen
-class Found:
-    """What one worker has found: seeds that broke a rule, and how many it ran."""
-
-    ran: int
-    broken: list[tuple[int, str]]
-    virtual_seconds: float
-
-
-def _run_some(seeds: Sequence[int]) -> Found:
-    broken, seconds = [], 0.0
-    for seed in seeds:
-        result = run_seed(seed)
-        seconds += result.seconds
-        if result.broken is not None:
-            broken.append((seed, result.broken.rule))
-    return Found(len(seeds), broken, seconds)
-
-
-def _find(name: str, first: int, count: int) -> tuple[int, Result] | None:
-    """The first of *count* seeds that catches a bug."""
-    with bugs.BY_NAME[name].planted():
-        for seed in range(first, first + count):
-            result = run_seed(seed)
-            if result.broken is not None:
-                return seed, result
-    return None
-
-
-def _shrink(seed: int, name: str | None, seconds: float) -> Result:
-    if name is None:
-        return shrink(run_seed(seed), seconds=seconds)
-    with bugs.BY_NAME[name].planted():
-        return shrink(run_seed(seed), seconds=seconds)
 
 
 def _pool(jobs: int) -> ProcessPoolExecutor:
@@ -100,7 +63,7 @@ def run_seeds(console: Console, seeds: Sequence[int], jobs: int) -> int:
         f"in {took:.0f} s"
     )
     if broken:
-        show(console, _shrink(min(broken)[0], None, SHRINK_SECONDS))
+        show(console, shrink_seed(min(broken)[0], None, SHRINK_SECONDS))
     return 1 if broken else 0
 
 
@@ -110,7 +73,7 @@ def _completed(pool: ProcessPoolExecutor, seeds: Sequence[int], at_once: int) ->
     waiting: set[Future[Found]] = set()
     while True:
         while len(waiting) < at_once and (piece := next(pieces, None)) is not None:
-            waiting.add(pool.submit(_run_some, piece))
+            waiting.add(pool.submit(run_some, piece))
         if not waiting:
             return
         done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
@@ -136,7 +99,7 @@ def run_bugs(console: Console, names: Sequence[str], jobs: int, first: int, coun
     missed = []
     with _pool(jobs) as pool, _progress(console) as progress:
         task = progress.add_task("bugs", total=len(names), note="")
-        futures = {pool.submit(_find, name, first, count): name for name in names}
+        futures = {pool.submit(find, name, first, count): name for name in names}
         while futures:
             done, _ = wait(futures, return_when=FIRST_COMPLETED)
             for future in done:
@@ -201,12 +164,12 @@ def _trace(console: Console, seed: int, name: str | None) -> int:
 
 def _show_bug(console: Console, name: str, first: int, count: int) -> int:
     console.print(f"{bugs.BY_NAME[name].what}: looking for a seed that catches it …")
-    found = _find(name, first, count)
+    found = find(name, first, count)
     if found is None:
         console.print(f"[bold red]not caught by {count} seeds[/]")
         return 1
     console.print(f"caught by seed {found[0]}; looking for the shortest plan …")
-    show(console, _shrink(found[0], name, SHRINK_SECONDS))
+    show(console, shrink_seed(found[0], name, SHRINK_SECONDS))
     return 0
 
 

@@ -80,6 +80,8 @@ class Heard:
     open: bool = True
     reachable: bool = True
     code: int | None = None
+    plain: bool = True
+    """Nothing was ever done to it that could make it slow."""
     touched_at: float = 0.0
     """When something was last done to its cable."""
 
@@ -164,6 +166,7 @@ class Terminal:
     doze_until: float = 0.0
     _scope: trio.CancelScope = field(factory=trio.CancelScope)
     _opening: str | None = None
+    _new_session: str | None = None
     _query: bool = False
     _names: int = 0
 
@@ -187,6 +190,13 @@ class Terminal:
         self.on = True
         self._scope, self._opening = trio.CancelScope(), None
         self.world.nursery.start_soon(self._live, self._scope, name=f"device {self.spec.name}")
+
+    def begin_session(self) -> None:
+        """What it has open is given up, and it comes back with a new id."""
+        self._new_session = f"n{self.world.next_number()}"
+        self.tell(f"wants the session {self._new_session}")
+        for heard in self.heard.values():
+            self._let_go(heard, "close")
 
     def depart(self, how: str) -> None:
         if not self.on:
@@ -246,7 +256,7 @@ class Terminal:
         if heard is not None and heard.code is not None and 4500 <= heard.code < 5000:
             # The end, for the page; the person opens it again.
             if heard.code != 4509:
-                self.session = None
+                self.session = self._new_session = None
             return 1.0 + self.chance.random()
         return 0.1 + 0.4 * self.chance.random()
 
@@ -255,7 +265,7 @@ class Terminal:
     def _target(self, transport: str) -> tuple[str, str | None, str | None, str | None]:
         """(query, position, session, replaces) to be named."""
         named = f"{self.epoch}-{self.number}" if self.spec.names and self.epoch else None
-        wanted = self.session if self.spec.keeps else None
+        wanted = self._new_session or (self.session if self.spec.keeps else None)
         former = self.heard.get(transport)
         same = former is not None and former.welcomed and former.life is self.world.life
         replaces = former.connection_id if former is not None and same and self.chance.random() < 0.7 else None
@@ -298,6 +308,7 @@ class Terminal:
             label, self, transport, life, life.branch, client, named, self.branch, wanted, replaces, began,
             wire.record(),
         )  # fmt: skip
+        heard.plain = self.shape == plan.Shape(self.spec.name) and self.doze_until < began
         self.heard[transport] = heard
         with trio.move_on_after(FIRST_WORD_SECONDS + 4 * self.shape.delay) as patience:
             path = f"/{transport}/{self.spec.player}?{query}"
@@ -310,7 +321,7 @@ class Terminal:
         if client.status not in (101, 200):
             self.tell(f"{label}: {client.status}")
             if client.status == 204:
-                self.session, self._query = None, True
+                self.session, self._new_session, self._query = None, None, True
                 heard.code = 4501
                 world.refused(heard, 204)
             elif not client.status and not (heard.touched_at or self.shape.delay or self.shape.most):
@@ -370,6 +381,8 @@ class Terminal:
         if self.session != heard.session_id or not self.stays:
             self.stays.append(Stay(heard.session_id, heard))
         self.session = heard.session_id
+        if self.session == self._new_session:
+            self._new_session = None
         for asked in self.commands:
             if not asked.done and asked.session == self.session:
                 self.world.nursery.start_soon(self._ask_again, asked, heard.transport)
@@ -510,6 +523,8 @@ class Terminal:
 
     async def doze(self, seconds: float) -> None:
         self.doze_until = trio.current_time() + seconds
+        for heard in self.heard.values():
+            heard.plain = False
         await trio.sleep(seconds)
 
     async def cable(self, transport: str, what: str, seconds: float) -> None:
@@ -518,7 +533,7 @@ class Terminal:
             return
         self.tell(f"{heard.label}: {what} for {seconds:g} s")
         heard.touched_at = trio.current_time()
-        heard.reachable = False
+        heard.reachable = heard.plain = False
         wire = heard.client.wire
         match what:
             case "cut":

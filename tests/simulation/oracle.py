@@ -49,6 +49,10 @@ RULES: Final = {
 }
 
 
+# From the commit to a client that reads, on a machine where nothing is the matter; a drain may be under way.
+PROMPT_SECONDS: Final = 0.5
+
+
 def rule_of_commit(text: str) -> str:
     """Which rule the model of commits (`tests.support.model`) means."""
     for word, rule in (
@@ -193,6 +197,8 @@ class _Walk:
                 if epoch != heard.epoch:
                     self._wrong("gap", "positions have the connection's epoch", item=item)
                 self._pass_to(seq, item)
+        if heard.plain and not self.world.disk_was_ill:
+            self._check_promptness()
         if heard.open and heard.reachable and branch is self.world.life.branch:
             self._pass_to(branch.history.newest, "the end")
             self._check_replies()
@@ -293,6 +299,17 @@ class _Walk:
                 removed=[f.seq for f in lost if f.seq in self.heard.branch.gone_at],
             )
         self.last = max(self.last, seq)
+
+    def _check_promptness(self) -> None:
+        """Nothing is the matter with this connection: it gets what is new at once, and is not taken for dead."""
+        heard = self.heard
+        if heard.code in (4008, 4012):
+            self._wrong("bounds", "who reads and answers is not ended for it", code=heard.code)
+        since = heard.items[0][0]
+        for at, item in heard.items:
+            stored_at = heard.branch.stored_at.get(item.get("seq", 0), at)
+            if stored_at > since and at - stored_at > PROMPT_SECONDS:
+                self._wrong("bounds", "who reads gets what is new at once", stored_at=stored_at, at=at, message=item)
 
     def _check_replies(self) -> None:
         """Each command that was said on a connection that lives has its reply there."""

@@ -74,6 +74,16 @@ class Arrive:
 
 
 @frozen
+class NewSession:
+    """The device leaves its session: it connects with an id that there never was."""
+
+    device: str
+
+    async def play(self, world: World) -> None:
+        world.devices[self.device].begin_session()
+
+
+@frozen
 class Depart:
     """The device is switched off. *how*: close, reset, forget (its machine is gone without a word), cut."""
 
@@ -294,7 +304,8 @@ class Jump:
 
 # Drawing.
 
-Draw = Callable[[random.Random, Sequence[Device]], Sequence[Step]]
+# A number among the steps is a pause, in seconds.
+Draw = Callable[[random.Random, Sequence[Device]], Sequence[Step | float]]
 
 
 def _device(chance: random.Random, devices: Sequence[Device]) -> str:
@@ -305,7 +316,7 @@ def _way(chance: random.Random) -> str:
     return chance.choice(("ws", "ws", "post"))
 
 
-def _say(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step]:
+def _say(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step | float]:
     do = chance.choice(
         ("act", "act", "act", "slow", "look", "shout", "shout", "many", "join", "leave", "fight", "dawn")
     )
@@ -313,41 +324,41 @@ def _say(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step]:
     return [Say(_device(chance, devices), do, n, _way(chance))]
 
 
-def _burst(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step]:
+def _burst(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step | float]:
     device = _device(chance, devices)
     return [Say(device, chance.choice(("act", "look", "act")), 1, _way(chance)) for _ in range(chance.randint(3, 8))]
 
 
-def _trouble(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step]:
+def _trouble(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step | float]:
     return [Say(_device(chance, devices), chance.choice(("hang", "raise", "refuse")), 1, _way(chance))]
 
 
-def _publish(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step]:
+def _publish(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step | float]:
     to = tuple(chance.choice(TARGETS) for _ in range(chance.choice((1, 1, 1, 1, 3, 8))))
     key = chance.choice(("", "", "", "", "hp"))
     lost = chance.choice((-1, -1, -1, 0, 3, 20))
     return [Publish(to, chance.choice(("new", "new", "none")), lost, key, chance.choice((0, 0, 200, 3000)))]
 
 
-def _flood(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step]:
+def _flood(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step | float]:
     player = chance.choice(devices).player
     size = chance.choice((100, 1000, 8000))
     return [Publish(("@" + player,) * chance.randint(2, 12), "new", -1, "", size) for _ in range(chance.randint(1, 4))]
 
 
-def _subscribe(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step]:
+def _subscribe(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step | float]:
     channel, on = chance.choice(("c1", "c1", "c2")), chance.random() < 0.75
     return [Subscribe(_device(chance, devices), channel, on, _way(chance))]
 
 
-def _cable(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step]:
+def _cable(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step | float]:
     device = chance.choice(devices)
     transport = chance.choice(device.transports)
     what = chance.choice(("cut", "cut", "stall down", "stall up", "reset", "close", "forget"))
     return [Cable(device.name, transport, what, chance.choice((0.2, 1.0, 3.0, 9.0, 30.0)))]
 
 
-def _cut_welcome(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step]:
+def _cut_welcome(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step | float]:
     """A device comes, and loses what it is told in its first moments."""
     device = chance.choice(devices)
     transport = chance.choice(device.transports)
@@ -355,21 +366,82 @@ def _cut_welcome(chance: random.Random, devices: Sequence[Device]) -> Sequence[S
     return [Depart(device.name, "close"), Arrive(device.name), Cable(device.name, transport, what, 4.0)]
 
 
-def _shape(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step]:
+def _cut_and_publish(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step | float]:
+    """What is sent into a cut cable has not arrived."""
+    device = chance.choice(devices)
+    transport = chance.choice(device.transports)
+    what = chance.choice(("cut", "cut", "stall down", "forget"))
+    return [
+        Cable(device.name, transport, what, chance.choice((9.0, 30.0))),
+        *(Publish(("@" + device.player,)) for _ in range(chance.randint(1, 3))),
+    ]
+
+
+def _gap_at_welcome(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step | float]:
+    """More mail than is kept, and whoever comes for it loses the first words."""
+    device = chance.choice(devices)
+    transport = chance.choice(device.transports)
+    others = [Depart(other.name) for other in devices if other.player == device.player]
+    return [
+        *others,
+        Publish(("@" + device.player,) * chance.randint(5, 10)),
+        5.0,
+        # The request is there after 0.4 seconds, the answer after 0.8.
+        Shape(device.name, delay=0.4, transport=transport),
+        Arrive(device.name),
+        chance.choice((0.4, 0.45, 0.6, 0.79)),
+        Cable(device.name, transport, chance.choice(("cut", "stall down", "forget")), 9.0),
+    ]
+
+
+def _glut(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step | float]:
+    """More than the socket of a client takes that does not read."""
+    device = chance.choice(devices)
+    return [
+        Shape(device.name, chance.choice((300, 1000)), chance.choice((0, 50))),
+        Depart(device.name),
+        Arrive(device.name),
+        1.0,
+        Doze(device.name, chance.choice((3.0, 8.0))),
+        Publish(("@" + device.player,) * 8, size=chance.choice((200, 1000))),
+    ]
+
+
+def _ask_and_end(how: str) -> Draw:
+    """The end comes while somebody waits for an answer."""
+
+    def draw(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step | float]:
+        asks: Sequence[Step] = (
+            Publish((chance.choice(TARGETS),)),
+            Say(_device(chance, devices), chance.choice(("act", "slow", "many")), 3, _way(chance)),
+            Publish(("*", "@ann"), "none"),
+        )
+        slow: Sequence[Step] = [BadDisk("slow", 3.0)] if chance.random() < 0.5 else []
+        return [
+            *slow,
+            *chance.sample(asks, 2),
+            chance.choice((0.0, 0.005, 0.3)),
+            End(how, chance.choice((0.0, 0.5))),
+        ]
+
+    return draw
+
+
+def _shape(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step | float]:
     capacity = chance.choice((300, 1000, 4000, 65536))
     most = chance.choice((0, 0, 1, 7, 100))
     delay = chance.choice((0.0, 0.05, 0.4, 1.5))
     return [Shape(_device(chance, devices), capacity, most, delay, chance.choice(TRANSPORTS))]
 
 
-def _come_and_go(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step]:
+def _come_and_go(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step | float]:
     device = _device(chance, devices)
     if chance.random() < 0.5:
         return [Arrive(device, chance.random() < 0.2)]
     return [Depart(device, chance.choice(("close", "reset", "forget", "cut")))]
 
 
-def _switch(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step]:
+def _switch(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step | float]:
     player = chance.choice(devices).player
     return [
         chance.choice(
@@ -380,18 +452,20 @@ def _switch(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step]:
                 Remove(player, chance.choice(TRANSPORTS)),
                 Say(_device(chance, devices), "kick"),
                 Arrive(_device(chance, devices), fresh=True),
+                NewSession(_device(chance, devices)),
+                NewSession(_device(chance, devices)),
             )
         )
     ]
 
 
-def _disk(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step]:
+def _disk(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step | float]:
     what = chance.choice(("slow", "slow", "failing", "full", "blind", "before", "after"))
     return [BadDisk(what, chance.choice((0.3, 1.0, 3.0, 7.0)))]
 
 
 def _end(how: str) -> Draw:
-    def draw(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step]:
+    def draw(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step | float]:
         when = "now" if how == "drain" else chance.choice(("now", "commit", "commit"))
         return [End(how, chance.choice((0.0, 0.1, 0.5, 3.0)), when)]
 
@@ -407,16 +481,16 @@ ALWAYS: Final[Sequence[tuple[int, Draw]]] = (
     (2, _come_and_go),
 )
 FAMILIES: Final[Sequence[Sequence[tuple[int, Draw]]]] = (
-    ((5, _cable), (1, _cut_welcome)),
-    ((3, _cut_welcome), (2, _cable)),
-    ((3, _shape), (3, _flood), (1, lambda c, d: [Doze(_device(c, d), c.choice((0.5, 3.0, 8.0)))])),
+    ((5, _cable), (1, _cut_welcome), (2, _cut_and_publish)),
+    ((2, _cut_welcome), (2, _cable), (2, _gap_at_welcome)),
+    ((3, _shape), (3, _flood), (1, _glut), (1, lambda c, d: [Doze(_device(c, d), c.choice((0.5, 3.0, 8.0)))])),
     ((4, _burst), (3, lambda c, d: [Again(_device(c, d), _way(c), c.random() < 0.1)])),
     ((3, _trouble),),
     ((3, _switch),),
     ((3, _disk),),
-    ((2, _end("kill")),),
-    ((2, _end("drain")),),
-    ((2, _end("power")), (1, lambda c, d: [Flush()])),
+    ((2, _end("kill")), (1, _ask_and_end("kill"))),
+    ((1, _end("drain")), (2, _ask_and_end("drain"))),
+    ((2, _end("power")), (1, _ask_and_end("power")), (1, lambda c, d: [Flush()])),
     ((1, lambda c, d: [Backup()]), (1, _end("restore"))),
     ((1, lambda c, d: [Jump(c.choice((-3600.0, -5.0, 5.0, 3600.0)))]),),
     ((1, lambda c, d: [Stranger(c.choice(("silent", "half", "garbage", "body")), c.choice((0.1, 2.0, 30.0)))]),),
@@ -449,6 +523,9 @@ def draw_plan(seed: int) -> Plan:
         # Often nothing lies between two steps: then the order of tasks says how far the first one gets.
         at += chance.choice((0.0, 0.0, 0.0, 0.001, 0.02, 0.3, 1.0, 2.5, 6.0))
         for step in chance.choices(draws, weights)[0](chance, devices):
+            if isinstance(step, float):
+                at += step
+                continue
             steps.append((round(at, 3), step))
             at += chance.choice((0.0, 0.0, 0.0, 0.005, 0.2))
     settings = dict(SETTINGS)
@@ -462,7 +539,7 @@ def _devices(chance: random.Random) -> tuple[Device, ...]:
     devices = []
     for player in PLAYERS[: chance.randint(1, 3)]:
         for number in range(chance.choice((1, 1, 2))):
-            names = chance.random() < 0.7
+            names = chance.random() < 0.6
             transports: tuple[str, ...] = (chance.choice(TRANSPORTS),)
             if names and chance.random() < 0.7:
                 transports = TRANSPORTS

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import random
+import signal
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
@@ -31,6 +34,10 @@ from tests.support.play import Client
 
 # Until all is as it should be after the last fault: the longest back-off, and handlers that hang in between.
 REST_SECONDS = 180.0
+
+
+# Of real time. A run takes less than one on a machine of its own.
+SPIN_SECONDS = 60.0
 
 
 class Answer(NamedTuple):
@@ -468,6 +475,25 @@ def _innermost(error: BaseException) -> str:
     return "".join(traceback.format_exception(error)[-4:])
 
 
+@contextmanager
+def _no_longer_than(seconds: float) -> Iterator[None]:
+    """Virtual time stands still for who spins: then only the real one can end it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: object) -> None:
+        raise TimeoutError(f"it spins: {seconds:g} seconds of real time, and no end")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 @frozen
 class Result:
     """What came of a run."""
@@ -500,8 +526,12 @@ def run_plan(wanted: Plan) -> Result:
         small_bounds(),
         tempfile.TemporaryDirectory(dir=shared_memory) as directory,
     ):
-        world = World(wanted, Path(directory) / "m.db", lines)
-        seconds = run_seeded(_main, world, seed=wanted.seed)
+        world, seconds = World(wanted, Path(directory) / "m.db", lines), 0.0
+        try:
+            with _no_longer_than(SPIN_SECONDS):
+                seconds = run_seeded(_main, world, seed=wanted.seed)
+        except (TimeoutError, trio.TrioInternalError) as error:
+            world.wrong.append(Broken("comes to rest", repr(error)))
     return Result(wanted, world.wrong[0] if world.wrong else None, tuple(world.trace), seconds)
 
 
