@@ -77,6 +77,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def simulate(session: nox.Session) -> None:
+    """The whole server on virtual time, with faults from seeds: a fixed number, and fresh ones. ``-- --help``."""
+    install(session, "test")
+    session.run("python", "-m", "tests.simulation", *session.posargs)
+
+
+@nox.session
 def e2e(session: nox.Session) -> None:
     """The server as a process, on real sockets, with clients that we did not write. Needs Node and curl."""
     install(session, "test")

@@ -353,7 +353,7 @@ ALL: Final = (
     Bug("resume-one-before", "who names a position gets one message again", _resume(-1), ("own stream",)),
     Bug("cursor-not-moved", "the cursor stays where it was on a partial write", _cursor_not_moved, ("own stream",)),
     Bug("old-cleans-new", "the clean-up of an old session removes the new one", _old_cleans_new,
-        ("one session", "comes to rest", "nothing lost", "answered", "presence", "stays up")),
+        ("one session", "comes to rest", "nothing lost", "answered", "presence", "stays up", "nothing left")),
     Bug("leaked-pinger", "each connection leaves a task behind", _leaked_pinger, ("nothing left",)),
     Bug("gap-swallowed", "a gap counts as told when the link breaks after `welcome`", _gap_swallowed, ("seen",)),
     Bug("gap-not-told", "what retention has taken is passed over in silence", _gap_not_told,

@@ -134,6 +134,12 @@ def check_links(world: World, since: dict[str, tuple[int, float]]) -> dict[str, 
     return found
 
 
+def _key(fact: Fact) -> tuple[str, str] | None:
+    """Of two messages with the same only the newer one matters to who is behind."""
+    key = fact.json.get("replace_key")
+    return None if key is None else (fact.target, json.dumps(key))
+
+
 def _target(item: dict[str, Any]) -> str:
     if "player_id" in item:
         return "@" + str(item["player_id"])
@@ -172,6 +178,10 @@ class _Walk:
     stream: list[Fact] = field(init=False)
     last: int = 0
     excused: set[int] = field(factory=set)
+    stands: dict[int, int] = field(factory=dict)
+    """Skipped messages, and the newer one of the same target and key that came in their place."""
+    pending: list[Fact] = field(factory=list)
+    """Skipped as it seems, but what stands for them has not come on this connection."""
 
     def __attrs_post_init__(self) -> None:
         facts = _session(self.heard.branch, self.heard.player, self.heard.session_id)
@@ -184,6 +194,7 @@ class _Walk:
 
     def check(self) -> None:
         heard, branch = self.heard, self.heard.branch
+        self._find_replaced()
         for index, (at, item) in enumerate(heard.items):
             kind = item["type"]
             if kind == "welcome":
@@ -197,6 +208,9 @@ class _Walk:
                 if epoch != heard.epoch:
                     self._wrong("gap", "positions have the connection's epoch", item=item)
                 self._pass_to(seq, item)
+        for fact in self.pending:
+            if not any(f.seq > self.last and _key(f) == _key(fact) for f in self.stream):
+                self._wrong("nothing lost", "a newer message of its key comes later", skipped=fact, last=self.last)
         if heard.plain and not self.world.disk_was_ill:
             self._check_promptness()
         if heard.open and heard.reachable and branch is self.world.life.branch:
@@ -234,22 +248,29 @@ class _Walk:
         if fact is None:
             self._wrong("own stream", "only the session's own stream comes", message=item)
             return
-        rest = {name: value for name, value in item.items() if name != "seq"}
-        if "replace_key" in rest and isinstance(rest.get("replaces"), int):
-            self._excuse_replaced(rest, seq)
-        if rest != fact.json:
+        told = {"seq"} | ({"replaces"} if _key(fact) is not None else set())
+        if {name: value for name, value in item.items() if name not in told} != fact.json:
             self._wrong("stored first", "a message is what was stored", message=item, stored=fact)
         self._pass_to(seq - 1, item)
         self.last = seq
 
-    def _excuse_replaced(self, rest: dict[str, Any], seq: int) -> None:
-        """It stands for as many earlier ones of the same key that were skipped for this connection."""
-        key = rest["replace_key"]
-        skipped = [f.seq for f in self.stream if self.last < f.seq < seq and f.json.get("replace_key") == key]
-        count = rest.pop("replaces")
-        if count < 1 or count > len(skipped):
-            self._wrong("nothing lost", "it replaces what was skipped", message=rest, skipped=skipped)
-        self.excused |= set(skipped)
+    def _find_replaced(self) -> None:
+        """Which messages were skipped for which (docs/protocol.rst, "Replaced messages")."""
+        keyed = [(fact.seq, key) for fact in self.stream if (key := _key(fact)) is not None]
+        keys = dict(keyed)
+        newest: dict[tuple[str, str], int] = {}
+        for _, item in self.heard.items:
+            key = keys.get(item.get("seq", 0))
+            if key is None:
+                continue
+            after = newest.get(key, self.heard.start)
+            newest[key] = seq = item["seq"]
+            count = item.get("replaces", 0)
+            between = [other for other, its in keyed if its == key and after < other < seq]
+            lost = [other for other in between if other in self.heard.branch.gone_at]
+            if count > len(between) or count < len(between) - len(lost):
+                self._wrong("nothing lost", "`replaces` counts what was skipped", message=item, skipped=between)
+            self.stands |= dict.fromkeys(between, seq)
 
     def _check_gap(self, index: int, at: float, gap: dict[str, Any]) -> None:
         heard = self.heard
@@ -286,8 +307,15 @@ class _Walk:
             self._wrong("gap", "the two lives agree up to `shared`", gap=gap, apart=apart)
 
     def _pass_to(self, seq: int, by: object) -> None:
-        """Everything up to *seq* has come, or is told to be lost."""
-        lost = [f for f in self.stream if self.last < f.seq <= seq and f.seq not in self.excused]
+        """Everything up to *seq* has come, or is told to be lost, or in its place comes a newer message."""
+        passed = [f for f in self.stream if self.last < f.seq <= seq and f.seq not in self.excused]
+        in_stream = isinstance(by, dict) and "seq" in by
+        if in_stream:
+            self.pending += [f for f in passed if f.seq not in self.stands and _key(f) is not None]
+            lost = [f for f in passed if f.seq not in self.stands and _key(f) is None]
+        else:
+            # Nothing that has a position comes between a skipped message and the one that stands for it.
+            lost = self.pending + [f for f in passed if self.stands.get(f.seq, seq + 1) > self.last]
         if lost:
             self._wrong(
                 "nothing lost",
@@ -340,6 +368,8 @@ def _check_terminal(world: World, terminal: Terminal) -> None:
         for fact in branch.stream(facts)
         if fact.seq > stay.first.start and branch.uids[fact.seq] not in terminal.taken and fact.seq not in excused
     ]
+    newest = {_key(f): f.seq for f in branch.stream(facts) if branch.uids[f.seq] in terminal.taken}
+    missing = [f for f in missing if _key(f) is None or newest.get(_key(f), 0) < f.seq]
     if missing:
         world.broken(
             "all of it",
@@ -352,7 +382,7 @@ def _check_terminal(world: World, terminal: Terminal) -> None:
         )
 
 
-_ARRIVED: Final = re.compile(rb'\{"seq":(\d+),"id":"([^"]+)"')
+_ARRIVED: Final = re.compile(rb'\{"seq":(\d+),(?:"replaces":\d+,)?"id":"([^"]+)"')
 
 
 def _check_seen(world: World) -> None:
@@ -405,10 +435,15 @@ def _check_mark(
         arrived |= {seq for seq in got.get(key, ()) if other.uids.get(seq) == branch.uids.get(seq)}
         claimed = max(claimed, world.claims.get(key, 0))
         gaps += told.get(key, [])
-    for fact in branch.stream(facts):
+    stream = branch.stream(facts)
+    for fact in stream:
         if fact.seq > mark or fact.seq in arrived or fact.seq <= claimed or not fact.target.startswith(targets):
             continue
         if fact.seq in branch.gone_at and any(after < fact.seq for after, _ in gaps):
+            continue
+        if _key(fact) is not None and any(
+            _key(f) == _key(fact) and f.seq in arrived for f in stream if f.seq > fact.seq
+        ):
             continue
         world.broken("seen", "what counts as seen has arrived", at=where, mark=mark, claimed=claimed, missing=fact.seq)
 
@@ -559,6 +594,8 @@ _PROVOKED: Final = ("Unexpected error in on_command",)
 
 def _check_log(world: World) -> None:
     for line in world.lines:
+        if line["event"].startswith("Leak of"):
+            world.broken("nothing left", "the server finds no leak in itself", line=line)
         if line["level"] not in ("ERROR", "CRITICAL") or line["event"].startswith(_PROVOKED):
             continue
         if world.disk_was_ill and line.get("error_type") in ("persistence_error", "session_error"):
@@ -572,11 +609,10 @@ def _check_log(world: World) -> None:
 # When all have left, and after the end.
 
 
-def judge_leftovers(world: World) -> None:
+async def judge_leftovers(world: World) -> None:
     server = world.life.process.server
     hub, front, streams, registrar = server.hub, server.front, server.streams, server.registrar
     assert front is not None  # it runs
-    assert server.monitor is not None
     left: dict[str, object] = {
         "sessions": dict(hub.sessions),
         "connections": dict(hub.connections),
@@ -595,7 +631,7 @@ def judge_leftovers(world: World) -> None:
         "failed writes": server._failures.statistics().current_buffer_used,
         "batches": server.dispatcher._to_deliver.statistics().current_buffer_used,
         "sockets": world.life.process.listener.open_wires,
-        "leaks": list(server.monitor.leaks()),
+        "leaks": [str(leak) for leak in await server.ledger.look()],
     }
     for what, found in left.items():
         if found:

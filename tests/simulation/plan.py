@@ -379,7 +379,7 @@ def _cut_and_publish(chance: random.Random, devices: Sequence[Device]) -> Sequen
 
 def _gap_at_welcome(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step | float]:
     """More mail than is kept, and whoever comes for it loses the first words."""
-    device = chance.choice(devices)
+    device = chance.choice([device for device in devices if not device.names] or devices)
     transport = chance.choice(device.transports)
     others = [Depart(other.name) for other in devices if other.player == device.player]
     return [
@@ -390,7 +390,7 @@ def _gap_at_welcome(chance: random.Random, devices: Sequence[Device]) -> Sequenc
         Shape(device.name, delay=0.4, transport=transport),
         Arrive(device.name),
         chance.choice((0.4, 0.45, 0.6, 0.79)),
-        Cable(device.name, transport, chance.choice(("cut", "stall down", "forget")), 9.0),
+        Cable(device.name, transport, chance.choice(("cut", "stall down", "forget")), 60.0),
     ]
 
 

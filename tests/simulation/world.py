@@ -240,7 +240,7 @@ class World:
         settings = self.plan.settings
         await trio.sleep(settings["linkdead_grace"] + 2 * settings["handler_timeout"] + 3)
         await wait_all_tasks_blocked()
-        oracle.judge_leftovers(self)
+        await oracle.judge_leftovers(self)
         await self._drain(self.life)
         oracle.judge_end(self)
 
