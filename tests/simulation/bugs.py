@@ -10,8 +10,11 @@ from unittest import mock
 import trio
 from attrs import evolve, frozen
 
+from mythos_trio import connection
 from mythos_trio.checker import Checker
 from mythos_trio.connection import Connection
+from mythos_trio.core.backlog import Batch as Write
+from mythos_trio.core.backlog import next_batch
 from mythos_trio.core.data import Data
 from mythos_trio.core.transaction import Append, Committed, Outcome, Transaction
 from mythos_trio.dispatcher import Dispatcher, Submission
@@ -59,8 +62,8 @@ def _deliver_before_commit() -> list[Patch]:
                 numbers = tuple(range(first, first + len(transaction.effects)))
                 apply(hub, Transaction(list(transaction.effects)), Committed(numbers, numbers[-1]))
                 early.add(id(transaction))
-        for connection in list(hub.dirty):
-            connection.pump()
+        for behind in list(hub.dirty):
+            behind.pump()
         return await original(self, batch)
 
     def apply_late(self: Hub, transaction: Transaction, outcome: Committed) -> Any:
@@ -330,6 +333,16 @@ def _round_forgets() -> list[Patch]:
     return [(Dispatcher, "write_round", but_one)]
 
 
+def _replaced_by_none() -> list[Patch]:
+    def skip(messages: Any, max_bytes: int) -> Write:
+        batch = next_batch(messages, max_bytes)
+        if len(batch.messages) > 1 and batch.messages[-1].key is not None:
+            return evolve(batch, messages=batch.messages[:-1])
+        return batch
+
+    return [(connection, "next_batch", skip)]
+
+
 def _expiry_by_wall_clock() -> list[Patch]:
     check = Checker._check
 
@@ -379,6 +392,8 @@ ALL: Final = (
         ("one session", "nothing lost", "all of it")),
     Bug("round-forgets", "a round leaves out a connection", _round_forgets,
         ("bounds", "comes to rest")),
+    Bug("replaced-by-none", "a message is skipped for being replaced, and nothing replaces it", _replaced_by_none,
+        ("nothing lost", "all of it")),
     Bug("wall-clock", "connections age by the wall clock, which may jump", _expiry_by_wall_clock,
         ("bounds",)),
 )  # fmt: skip

@@ -191,9 +191,16 @@ class Terminal:
         self._scope, self._opening = trio.CancelScope(), None
         self.world.nursery.start_soon(self._live, self._scope, name=f"device {self.spec.name}")
 
-    def begin_session(self) -> None:
-        """What it has open is given up, and it comes back with a new id."""
-        self._new_session = f"n{self.world.next_number()}"
+    def begin_session(self, *, ended: bool) -> None:
+        """What it has open is given up, and it comes back with a new id, or with one that has ended."""
+        if ended:
+            known = self.world.life.branch.history.sessions.values()
+            over = [s.id for s in known if s.player == self.spec.player and s.end is not None]
+            if not over:
+                return
+            self._new_session = over[-1]
+        else:
+            self._new_session = f"n{self.world.next_number()}"
         self.tell(f"wants the session {self._new_session}")
         for heard in self.heard.values():
             self._let_go(heard, "close")

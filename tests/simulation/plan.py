@@ -75,12 +75,14 @@ class Arrive:
 
 @frozen
 class NewSession:
-    """The device leaves its session: it connects with an id that there never was."""
+    """The device leaves its session: it connects with an id that there never was; *ended*: with one that has ended,
+    as a browser's own reconnect does."""
 
     device: str
+    ended: bool = False
 
     async def play(self, world: World) -> None:
-        world.devices[self.device].begin_session()
+        world.devices[self.device].begin_session(ended=self.ended)
 
 
 @frozen
@@ -404,6 +406,10 @@ def _glut(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step | f
         1.0,
         Doze(device.name, chance.choice((3.0, 8.0))),
         Publish(("@" + device.player,) * 8, size=chance.choice((200, 1000))),
+        Say(device.name, "look"),
+        chance.choice((0.0, 1.0)),
+        Say(device.name, "act"),
+        Say(device.name, "look", by="post"),
     ]
 
 
@@ -454,6 +460,8 @@ def _switch(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step |
                 Arrive(_device(chance, devices), fresh=True),
                 NewSession(_device(chance, devices)),
                 NewSession(_device(chance, devices)),
+                NewSession(_device(chance, devices), ended=True),
+                NewSession(_device(chance, devices), ended=True),
             )
         )
     ]
@@ -483,13 +491,13 @@ ALWAYS: Final[Sequence[tuple[int, Draw]]] = (
 FAMILIES: Final[Sequence[Sequence[tuple[int, Draw]]]] = (
     ((5, _cable), (1, _cut_welcome), (2, _cut_and_publish)),
     ((2, _cut_welcome), (2, _cable), (2, _gap_at_welcome)),
-    ((3, _shape), (3, _flood), (1, _glut), (1, lambda c, d: [Doze(_device(c, d), c.choice((0.5, 3.0, 8.0)))])),
+    ((3, _shape), (3, _flood), (2, _glut), (1, lambda c, d: [Doze(_device(c, d), c.choice((0.5, 3.0, 8.0)))])),
     ((4, _burst), (3, lambda c, d: [Again(_device(c, d), _way(c), c.random() < 0.1)])),
     ((3, _trouble),),
-    ((3, _switch),),
+    ((4, _switch),),
     ((3, _disk),),
     ((2, _end("kill")), (1, _ask_and_end("kill"))),
-    ((1, _end("drain")), (2, _ask_and_end("drain"))),
+    ((1, _end("drain")), (3, _ask_and_end("drain"))),
     ((2, _end("power")), (1, _ask_and_end("power")), (1, lambda c, d: [Flush()])),
     ((1, lambda c, d: [Backup()]), (1, _end("restore"))),
     ((1, lambda c, d: [Jump(c.choice((-3600.0, -5.0, 5.0, 3600.0)))]),),
