@@ -417,7 +417,7 @@ def test_new_epoch(place: Path) -> None:
     assert held.exit_code == 4
     assert f"process {os.getpid()}" in held.stderr
     holder.close()
-    began = int(time.time())
+    began = int(time.time() * 1000)
     said = [run("store", "new-epoch").stdout for _ in range(2)]
     with sqlite3.connect("data/players/mythos.db") as database:
         first, second, third = (row[0] for row in database.execute("SELECT number FROM epochs ORDER BY number"))

@@ -177,13 +177,13 @@ def test_a_restored_copy_is_told_apart_by_hand(machine: Machine, path: Path) -> 
     with pytest.raises(StoreUnusable):
         machine.start().new_epoch(NOW)
     running.close()
-    assert machine.start().new_epoch(NOW) == Epoch(int(NOW), 2)
+    assert machine.start().new_epoch(NOW) == Epoch(int(NOW * 1000), 2)
     running = machine.start()
     recovered = running.open(NOW)
-    assert (recovered.epochs.present, recovered.newest, recovered.clean) == (int(NOW), 1, True)
+    assert (recovered.epochs.present, recovered.newest, recovered.clean) == (int(NOW * 1000), 1, True)
     running.close()
     # Also if the clock stands still, or was set back.
-    assert machine.start().new_epoch(NOW - 10) == Epoch(int(NOW) + 1, 2)
+    assert machine.start().new_epoch(NOW - 10) == Epoch(int(NOW * 1000) + 1, 2)
 
 
 def test_the_machine_tells_its_boots_apart() -> None:

@@ -102,12 +102,12 @@ def _resume(difference: int) -> Callable[[], list[Patch]]:
 def _cursor_not_moved() -> list[Patch]:
     taken = Connection._taken
 
-    def not_moved(self: Connection, messages: Any, upto: int) -> None:
-        if not (self.link.unsent and messages):
-            taken(self, messages, upto)
+    def not_moved(self: Connection, batch: Any, upto: int) -> None:
+        if not (self.link.unsent and batch is not None and batch.messages):
+            taken(self, batch, upto)
             return
         index, chunk, at, behind = self._index, self._chunk, self._from, self.written
-        taken(self, messages, upto)
+        taken(self, batch, upto)
         self._index, self._chunk, self._from, self.written = index, chunk, at, behind
 
     return [(Connection, "_taken", not_moved)]
@@ -249,8 +249,9 @@ def _no_fsync() -> list[Patch]:
 def _heartbeat_ahead() -> list[Patch]:
     compose = Connection._compose
 
-    def ahead(self: Connection, messages: Any, upto: int) -> bytes:
-        return compose(self, messages, self.hub.newest if self._heartbeat else upto)
+    def ahead(self: Connection, batch: Any, upto: int) -> bytes:
+        beats = self._between is not None and self._between.heartbeat
+        return compose(self, batch, self.hub.newest if beats else upto)
 
     return [(Connection, "_compose", ahead)]
 
@@ -381,7 +382,8 @@ ALL: Final = (
         ("answered", "bounds", "stays up")),
     Bug("no-fsync", "DURABILITY=power does not wait for the disk", _no_fsync, ("durable",)),
     Bug("heartbeat-ahead", "a heartbeat names what was not written yet", _heartbeat_ahead, ("nothing lost",)),
-    Bug("half-open-stays", "every connection counts as alive", _half_open_stays, ("bounds",)),
+    Bug("half-open-stays", "every connection counts as alive", _half_open_stays,
+        ("bounds", "comes to rest")),
     Bug("no-write-timeout", "a client that takes nothing is waited for", _no_write_timeout, ("bounds",)),
     Bug("timer-twice", "a timer's row sometimes stays when it has fired", _timer_twice,
         ("timers", "data", "stays up", "comes to rest")),

@@ -129,7 +129,7 @@ def check_links(world: World, since: dict[str, tuple[int, float]]) -> dict[str, 
         found[id_] = (link.sent_bytes, began if sent == link.sent_bytes else now)
         if now - found[id_][1] > world.plan.settings["write_timeout"] + 0.6:
             world.broken("bounds", "a client that takes nothing is gone in time", connection=id_)
-        if len(connection._replies) > 66:
+        if connection.waiting_replies > 66:
             world.broken("bounds", "a connection has so many replies waiting at most", connection=id_)
     return found
 

@@ -398,7 +398,7 @@ def _gap_at_welcome(chance: random.Random, devices: Sequence[Device]) -> Sequenc
 
 def _glut(chance: random.Random, devices: Sequence[Device]) -> Sequence[Step | float]:
     """More than the socket of a client takes that does not read."""
-    device = chance.choice(devices)
+    device = chance.choice([device for device in devices if "ws" in device.transports] or devices)
     return [
         Shape(device.name, chance.choice((300, 1000)), chance.choice((0, 50))),
         Depart(device.name),
@@ -488,10 +488,13 @@ ALWAYS: Final[Sequence[tuple[int, Draw]]] = (
     (2, lambda c, d: [Ack(_device(c, d), _way(c))]),
     (2, _come_and_go),
 )
+# Two copies that are put back, and between the two the clock is set back: then an epoch comes again, and nobody can know.
+RESTORE: Final[Sequence[tuple[int, Draw]]] = ((1, lambda c, d: [Backup()]), (1, _end("restore")))
+LOSSES: Final[Sequence[tuple[int, Draw]]] = ((1, _cut_welcome), (1, _cable), (4, _gap_at_welcome))
 FAMILIES: Final[Sequence[Sequence[tuple[int, Draw]]]] = (
     ((5, _cable), (1, _cut_welcome), (2, _cut_and_publish)),
-    ((2, _cut_welcome), (2, _cable), (2, _gap_at_welcome)),
-    ((3, _shape), (3, _flood), (2, _glut), (1, lambda c, d: [Doze(_device(c, d), c.choice((0.5, 3.0, 8.0)))])),
+    LOSSES,
+    ((2, _shape), (2, _flood), (4, _glut), (1, lambda c, d: [Doze(_device(c, d), c.choice((0.5, 3.0, 8.0)))])),
     ((4, _burst), (3, lambda c, d: [Again(_device(c, d), _way(c), c.random() < 0.1)])),
     ((3, _trouble),),
     ((4, _switch),),
@@ -499,7 +502,7 @@ FAMILIES: Final[Sequence[Sequence[tuple[int, Draw]]]] = (
     ((2, _end("kill")), (1, _ask_and_end("kill"))),
     ((1, _end("drain")), (3, _ask_and_end("drain"))),
     ((2, _end("power")), (1, _ask_and_end("power")), (1, lambda c, d: [Flush()])),
-    ((1, lambda c, d: [Backup()]), (1, _end("restore"))),
+    RESTORE,
     ((1, lambda c, d: [Jump(c.choice((-3600.0, -5.0, 5.0, 3600.0)))]),),
     ((1, lambda c, d: [Stranger(c.choice(("silent", "half", "garbage", "body")), c.choice((0.1, 2.0, 30.0)))]),),
     ((2, lambda c, d: [Repeat(c.random() < 0.2)]),),
@@ -521,11 +524,12 @@ def draw_plan(seed: int) -> Plan:
     """The plan of *seed*."""
     chance = random.Random(seed)
     devices = _devices(chance)
-    families = [family for family in FAMILIES if chance.random() < 0.4]
-    weighted = [*ALWAYS, *(pair for family in families for pair in family)]
+    families = chance.sample(FAMILIES, chance.randint(2, 6))
+    weighted = [*ALWAYS, *((2 * weight, draw) for family in families for weight, draw in family)]
     draws, weights = [draw for _, draw in weighted], [weight for weight, _ in weighted]
     at = 0.0
     steps: list[tuple[float, Step]] = [(0.0, Arrive(device.name)) for device in devices if chance.random() < 0.8]
+    forward = RESTORE in families
     wanted = chance.randint(10, 30)
     while len(steps) < wanted:
         # Often nothing lies between two steps: then the order of tasks says how far the first one gets.
@@ -534,11 +538,13 @@ def draw_plan(seed: int) -> Plan:
             if isinstance(step, float):
                 at += step
                 continue
+            if isinstance(step, Jump) and forward:
+                step = Jump(abs(step.seconds))
             steps.append((round(at, 3), step))
             at += chance.choice((0.0, 0.0, 0.0, 0.005, 0.2))
     settings = dict(SETTINGS)
     settings["durability"] = chance.choice(("process", "process", "power"))
-    if chance.random() < 0.5:
+    if chance.random() < 0.5 or LOSSES in families:
         settings["message_retention_count"] = chance.randint(3, 8)
     return Plan(seed, devices, tuple(steps), settings)
 

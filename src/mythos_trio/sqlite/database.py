@@ -147,8 +147,8 @@ class SqliteDatabase(ReadingHalf):
         """
         Begin a new epoch in a store that nobody has open: it is a copy that was restored.
 
-        Its number is the time in POSIX seconds: since the copy was made there may have been epochs of which it knows
-        nothing, and one whose number came again would be taken for the same by clients that have seen the former.
+        Its number is the time in milliseconds since 1970: since the copy was made there may have been epochs of
+        which it knows nothing, and one whose number came again would be the same one to clients that have seen it.
 
         :raises StoreUnusable: it cannot be opened.
         :raises StoreError: it cannot be written.
@@ -156,7 +156,7 @@ class SqliteDatabase(ReadingHalf):
         self.open(now)
         try:
             with store_errors(), self._transaction(fsync=True) as db:
-                return self._insert_epoch(db, now, least=int(now))
+                return self._insert_epoch(db, now, least=int(now * 1000))
         finally:
             self.close()
 
