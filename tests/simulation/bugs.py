@@ -380,7 +380,7 @@ ALL: Final = (
     Bug("no-new-epoch", "no new epoch after a power cut", _no_new_epoch, ("new epoch",)),
     Bug("drain-forgets", "a drain forgets the last commit, and who waits for it", _drain_forgets,
         ("answered", "bounds", "stays up")),
-    Bug("no-fsync", "DURABILITY=power does not wait for the disk", _no_fsync, ("durable",)),
+    Bug("no-fsync", "DURABILITY=power does not wait for the disk", _no_fsync, ("durable", "new epoch")),
     Bug("heartbeat-ahead", "a heartbeat names what was not written yet", _heartbeat_ahead, ("nothing lost",)),
     Bug("half-open-stays", "every connection counts as alive", _half_open_stays,
         ("bounds", "comes to rest")),

@@ -80,6 +80,7 @@ class Heard:
     open: bool = True
     reachable: bool = True
     code: int | None = None
+    newest: int = 0
     plain: bool = True
     """Nothing was ever done to it that could make it slow."""
     touched_at: float = 0.0
@@ -405,6 +406,10 @@ class Terminal:
 
     def _take(self, heard: Heard, message: dict[str, Any]) -> None:
         seq = message["seq"]
+        if seq <= heard.newest:
+            # Here and now: the same may come without end.
+            self.world.broken("own stream", "numbers strictly increase", on=heard.label, last=heard.newest, got=message)
+        heard.newest = seq
         uid = heard.branch.uids.get(seq)
         if uid is None or heard.branch.stored_at[seq] > trio.current_time():
             self.world.broken("stored first", "nobody is sent what is not stored", on=heard.label, message=message)

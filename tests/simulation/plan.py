@@ -488,7 +488,7 @@ ALWAYS: Final[Sequence[tuple[int, Draw]]] = (
     (2, lambda c, d: [Ack(_device(c, d), _way(c))]),
     (2, _come_and_go),
 )
-# Two copies that are put back, and between the two the clock is set back: then an epoch comes again, and nobody can know.
+# Two copies are put back, and in between the clock is set back: then an epoch may come again, and nobody can know.
 RESTORE: Final[Sequence[tuple[int, Draw]]] = ((1, lambda c, d: [Backup()]), (1, _end("restore")))
 LOSSES: Final[Sequence[tuple[int, Draw]]] = ((1, _cut_welcome), (1, _cable), (4, _gap_at_welcome))
 FAMILIES: Final[Sequence[Sequence[tuple[int, Draw]]]] = (
