@@ -356,8 +356,24 @@ class Connection:
 
     def offer_reply(self, command_id: str | None, answer: bytes, position: int | None) -> None:
         """Queue a reply for its place. It is never dropped while the connection lives."""
+        if self._answer_now(command_id, answer, position):
+            return
         self._wait_between().replies.append(PendingReply(command_id, answer, position))
         self.pump()
+
+    def _answer_now(self, command_id: str | None, answer: bytes, position: int | None) -> bool:
+        """Send a reply if its place has come and nothing else waits, as nearly always; whether it has been taken."""
+        newest = self.hub.newest
+        if self._busy or self.over is not None or self._start is None or not self._at_head():
+            return False
+        if position is not None and position > newest:
+            return False
+        place = f"{self.hub.epoch}-{newest if position is None else position}"
+        if not self.link.try_send(self.framing.control(wire.reply(command_id, answer, place))):
+            return False
+        self._behind = False
+        self._move_to(newest)
+        return True
 
     async def wait_reply_room(self) -> None:
         """Until fewer than `MAX_REPLIES` wait: before that no further frame is taken."""

@@ -62,6 +62,11 @@ class Departed:
     reason: str
 
 
+# Rows of connections that wait to be removed while the store cannot be written. Those beyond it stay until the next
+# start, which removes all before it lets anybody in.
+MAX_CLOSED: Final = 100_000
+
+
 class Hub:
     """*newest*: the newest number that is applied; all that is handed to clients is up to it."""
 
@@ -224,7 +229,7 @@ class Hub:
         self._opened[row.connection_id] = row
 
     def note_closed(self, connection: Connection, now: float) -> None:
-        if self._opened.pop(connection.id, None) is None:
+        if self._opened.pop(connection.id, None) is None and len(self._closed) < MAX_CLOSED:
             self._closed.append(connection.id)
         self._last_online[connection.player_id, connection.session_id] = now
         self._remember(connection, now)

@@ -69,7 +69,8 @@ LINGER_SECONDS: Final = 2.0
 # How long a predecessor that drains is waited for, on top of DRAIN_TIMEOUT.
 TAKE_OVER_SECONDS: Final = 10.0
 
-# When the collector of garbage comes: see `_spare_what_stays`.
+# When the collector of garbage comes (`gc.set_threshold`): what connections and messages leave behind is freed without
+# it, but for a few tracebacks, so it need not come after every 700 new objects.
 GARBAGE: Final = (5000, 20, 100)
 
 EXIT_OK: Final = 0
@@ -373,6 +374,7 @@ def run(
     # through them each time. (A full collection is one pause of the event loop: 60 ms with 100 players, now 7.)
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*GARBAGE)
     runner = ThreadRunner()
     try:
         return trio.run(_main, settings, game, database, runner, listeners, outside)
@@ -441,20 +443,9 @@ def _end_without_the_game(code: int) -> None:
     os._exit(code)
 
 
-def _spare_what_stays() -> None:
-    """Of what is there when the server is ready (modules, the app, 400,000 objects) nearly all stays to the end: the
-    collector need not go through it again and again: it held up the event loop for 130 ms at a time. And it comes less
-    often, since what connections and messages leave behind is freed without it, but for a few tracebacks.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*GARBAGE)
-
-
 async def _announce_when_ready(server: Server, listeners: Sequence[Listener], outside: _Outside) -> None:
     while server.monitor is None or server.monitor.stage is not Stage.READY:
         await trio.sleep(0.01)
-    _spare_what_stays()
     outside.notifier.tell("READY=1")
     outside.announce([listener.address for listener in listeners])
 
