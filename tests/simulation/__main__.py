@@ -19,9 +19,9 @@ from tests.simulation.plan import draw_plan
 from tests.simulation.runs import Found, find, run_some, shrink_seed
 from tests.simulation.world import Result, run_seed
 
-# A seed is a run of a fifth of a second or so.
-SEEDS = 300
-FRESH = 100
+# A seed is a run of a tenth of a second or so.
+SEEDS = 1000
+FRESH = 300
 AT_ONCE = 8
 # A bug that is not caught by then is not caught.
 BUG_SEEDS = 400
@@ -81,7 +81,7 @@ def _completed(pool: ProcessPoolExecutor, seeds: Sequence[int], at_once: int) ->
             yield future.result()
 
 
-def show(console: Console, result: Result) -> None:
+def show(console: Console, result: Result, bug: str | None = None) -> None:
     """A run that broke a rule: its plan, its trace, and how to see it again."""
     console.print(f"\n[bold]The shortest that was found of seed {result.plan.seed}[/]")
     console.print(result.plan.text, highlight=False, markup=False)
@@ -90,7 +90,8 @@ def show(console: Console, result: Result) -> None:
     if result.broken is not None:
         console.print(f"\n[bold red]Broken: {result.broken.rule}[/] {RULES[result.broken.rule]}")
         console.print(result.broken.text, highlight=False, markup=False)
-    console.print(f"\nAgain: nox -s simulate -- --seeds 1 --from {result.plan.seed} --trace")
+    planted = f" --bug {bug}" if bug else ""
+    console.print(f"\nAll of the seed: nox -s simulate -- --from {result.plan.seed} --trace{planted}")
 
 
 def run_bugs(console: Console, names: Sequence[str], jobs: int, first: int, count: int) -> int:
@@ -169,7 +170,7 @@ def _show_bug(console: Console, name: str, first: int, count: int) -> int:
         console.print(f"[bold red]not caught by {count} seeds[/]")
         return 1
     console.print(f"caught by seed {found[0]}; looking for the shortest plan …")
-    show(console, shrink_seed(found[0], name, SHRINK_SECONDS))
+    show(console, shrink_seed(found[0], name, SHRINK_SECONDS), name)
     return 0
 
 

@@ -33,6 +33,8 @@ GONE = (
 FIRST_WORD_SECONDS = 26.0
 # Of a request: five seconds for room, and 30 for the commit; more than any other takes.
 ANSWER_SECONDS = 41.0
+# Of a change of a player's session, with the wait for the one before it: "busy, try again" by then.
+CHANGE_SECONDS = 10.5
 # Small pieces up to so many, or a run takes a minute.
 SMALL_PIECES = 400
 
@@ -81,6 +83,7 @@ class Heard:
     reachable: bool = True
     code: int | None = None
     newest: int = 0
+    cut_for_good: bool = False
     plain: bool = True
     """Nothing was ever done to it that could make it slow."""
     touched_at: float = 0.0
@@ -220,6 +223,7 @@ class Terminal:
         wire = heard.client.wire
         if how == "cut" and heard.open:
             self.world.watch_gone(heard, "both")
+            heard.cut_for_good = True
             wire.cut()
         elif how == "forget":
             wire.forget()
@@ -562,6 +566,8 @@ class Terminal:
                 return
         with trio.move_on_after(seconds):
             await self.world.peace.wait()
+        if heard.cut_for_good:
+            return
         wire.mend()
         heard.touched_at = trio.current_time()
         heard.reachable = True

@@ -631,7 +631,7 @@ async def judge_leftovers(world: World) -> None:
         "failed writes": server._failures.statistics().current_buffer_used,
         "batches": server.dispatcher._to_deliver.statistics().current_buffer_used,
         "sockets": world.life.process.listener.open_wires,
-        "leaks": [str(leak) for leak in await server.ledger.look()],
+        "leaks": [f"{leak.kind} {leak.name}: {leak.why}" for leak in await server.ledger.look()],
     }
     for what, found in left.items():
         if found:

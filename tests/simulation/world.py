@@ -24,7 +24,7 @@ from mythos_trio import logs
 from mythos_trio.sqlite import SqliteDatabase
 from mythos_trio.testing.process import Process, VirtualClock
 from tests.simulation import oracle
-from tests.simulation.clients import ANSWER_SECONDS, GONE, Heard, Operators, Publishers, Terminal
+from tests.simulation.clients import ANSWER_SECONDS, CHANGE_SECONDS, GONE, Heard, Operators, Publishers, Terminal
 from tests.simulation.game import Arena
 from tests.simulation.plan import Plan, Shape, Step, draw_plan
 from tests.simulation.store import Branch, Copy, Disk, Event, Platter, Recorded, Truth
@@ -374,12 +374,12 @@ class World:
         disk.mend()
 
     def flush(self) -> None:
-        if not self.life.ending and self.platter.marks:
+        if self.life.ready and not self.life.ending:
             last = self.platter.marks[-1]
             self.platter.marks[-1] = type(last)(last.wal, last.events, True)
 
     def backup(self) -> None:
-        if not self.life.ending:
+        if self.life.ready and not self.life.ending:
             self.backups.append((self.platter.copy(), list(self.truth.events)))
 
     # What is watched.
@@ -422,7 +422,8 @@ class World:
         head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{length}\r\n"
         answer = b""
         try:
-            with trio.move_on_after(ANSWER_SECONDS) as patience:
+            changes = method == "DELETE" or path.endswith(("/session", "/subscriptions"))
+            with trio.move_on_after(CHANGE_SECONDS if changes else ANSWER_SECONDS) as patience:
                 await client.send_all(head.encode() + data)
                 if lost >= 0:
                     for _ in range(lost):
