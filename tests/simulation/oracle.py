@@ -53,6 +53,10 @@ RULES: Final = {
 PROMPT_SECONDS: Final = 0.5
 
 
+# MAX_CONNECTIONS_PER_PLAYER.
+MOST_CONNECTIONS: Final = 4
+
+
 def rule_of_commit(text: str) -> str:
     """Which rule the model of commits (`tests.support.model`) means."""
     for word, rule in (
@@ -100,11 +104,14 @@ def check_durable(world: World, former: Branch, present: Branch) -> None:
 
 
 def check_refusal(world: World, heard: Heard, code: int) -> None:
+    """An event stream says 204 for all that is final: the session has ended, or there are too many connections."""
     ended = _session(heard.branch, heard.player, heard.wanted)
-    if code in (4501, 204) and not (ended is not None and ended.end is not None):
-        removed = code == 204 and heard.wanted is None
-        if not removed:
-            world.broken("answered", "who names a session that has not ended is let in", on=heard.label, code=code)
+    if code not in (4501, 204) or (ended is not None and ended.end is not None):
+        return
+    live = heard.life.process.server.hub.sessions.get(heard.player)
+    full = live is not None and len(live.connections) + live.arriving >= MOST_CONNECTIONS
+    if not (code == 204 and (full or heard.wanted is None)):
+        world.broken("answered", "who names a session that has not ended is let in", on=heard.label, code=code)
 
 
 def check_accepted(world: World, items: list[dict[str, Any]], answers: list[dict[str, Any]], branch: Branch) -> None:
