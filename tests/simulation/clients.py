@@ -328,7 +328,7 @@ class Terminal:
                 await client.open(path, headers=[(b"Last-Event-ID", header.encode())] if header else [])
             else:
                 await client.open(path, headers=f"Last-Event-ID: {header}\r\n" if header else "")
-        if patience.cancelled_caught and heard.reachable and not life.ending:
+        if patience.cancelled_caught and heard.plain and not life.ending:
             world.broken("answered", "a connection has its first word in time", connection=label)
         if client.status not in (101, 200):
             self.tell(f"{label}: {client.status}")
@@ -351,7 +351,7 @@ class Terminal:
                 message = await heard.client.next()
             if quiet.cancelled_caught:
                 self.tell(f"{heard.label} hears nothing")
-                if not heard.items and heard.reachable and not heard.life.ending:
+                if not heard.items and heard.plain and not heard.life.ending:
                     self.world.broken("answered", "a connection has its first word in time", connection=heard.label)
                 return
             if message["type"] == "closed":

@@ -219,7 +219,9 @@ class World:
                     why.append(f"{terminal.spec.name} has no {transport}")
                 elif heard.connection_id not in hub.connections:
                     why.append(f"the server does not know {heard.label}")
-                elif heard.client.wire.other.unacknowledged() or heard.client.wire.unread():
+                elif any(
+                    wire.unacknowledged() or wire.unread() for wire in (heard.client.wire, heard.client.wire.other)
+                ):
                     why.append(f"{heard.label} has something on its way")
                 elif hub.connections[heard.connection_id].behind:
                     why.append(f"{heard.label} is behind")
