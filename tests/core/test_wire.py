@@ -10,7 +10,7 @@ from httpx_sse._decoders import SSEDecoder
 from hypothesis import given
 from hypothesis import strategies as st
 from wsproto.connection import Connection, ConnectionType
-from wsproto.events import CloseConnection, Ping, TextMessage
+from wsproto.events import CloseConnection, Ping, Pong, TextMessage
 
 from mythos_trio.core import wire
 from mythos_trio.core.errors import BAD_TOKEN, BUSY, DRAIN, FAULT, NO_PONG, REMOVED, REPLACED, TOO_MANY, Close
@@ -161,3 +161,22 @@ def test_frames_are_those_of_a_server() -> None:
     (refused,) = list(server.events())
     assert isinstance(refused, CloseConnection)
     assert refused.code == 1002
+
+
+def test_what_follows_one_another_is_joined_once_for_all_that_are_sent_the_same() -> None:
+    one, two, three = (Message(seq, str(seq), "*", b'{"id":"%d"}' % seq) for seq in (1, 2, 3))
+    for framing in (WEBSOCKET, SSE):
+        both = framing.messages([one, two], 1)
+        assert both == framing.message(one, 1) + framing.message(two, 1)
+        assert framing.messages([one, two], 1) is both
+        assert framing.messages([one, three], 1) == framing.message(one, 1) + framing.message(three, 1)
+        assert framing.messages([two], 1) == framing.message(two, 1)
+    assert one.websocket() is one.websocket()
+
+
+def test_a_pong_frame_has_the_payload_of_the_ping() -> None:
+    connection = Connection(ConnectionType.CLIENT)
+    connection.receive_data(wire.pong_frame(b"payload"))
+    (pong,) = connection.events()
+    assert isinstance(pong, Pong)
+    assert bytes(pong.payload) == b"payload"

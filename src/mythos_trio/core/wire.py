@@ -124,24 +124,27 @@ class _Shared:
         self._epoch = 0
         self._joined = b""
 
-    def message(self, message: Message, epoch: int) -> bytes:
-        raise NotImplementedError
-
-    def messages(self, messages: Sequence[Message], epoch: int) -> bytes:
+    def join(self, framing: Framing, messages: Sequence[Message], epoch: int) -> bytes:
         if len(messages) == 1:
-            return self.message(messages[0], epoch)
+            return framing.message(messages[0], epoch)
         # Messages are equal only to themselves.
         if messages != self._messages or epoch != self._epoch:
-            self._joined = b"".join([self.message(message, epoch) for message in messages])
+            self._joined = b"".join([framing.message(message, epoch) for message in messages])
             self._messages, self._epoch = messages, epoch
         return self._joined
 
 
-class WebSocketFraming(_Shared):
+class WebSocketFraming:
     name = "websocket"
+
+    def __init__(self) -> None:
+        self._shared = _Shared()
 
     def message(self, message: Message, epoch: int) -> bytes:
         return message._websocket or message.websocket()
+
+    def messages(self, messages: Sequence[Message], epoch: int) -> bytes:
+        return self._shared.join(self, messages, epoch)
 
     def replacing(self, message: Message, epoch: int, count: int) -> bytes:
         return text_frame(message.payload_replacing(count))
@@ -153,11 +156,17 @@ class WebSocketFraming(_Shared):
         return text_frame(payload) + close_frame(close.code, close.reason)
 
 
-class SSEFraming(_Shared):
+class SSEFraming:
     name = "sse"
+
+    def __init__(self) -> None:
+        self._shared = _Shared()
 
     def message(self, message: Message, epoch: int) -> bytes:
         return message.sse(epoch)
+
+    def messages(self, messages: Sequence[Message], epoch: int) -> bytes:
+        return self._shared.join(self, messages, epoch)
 
     def replacing(self, message: Message, epoch: int, count: int) -> bytes:
         return _numbered_event(epoch, message.seq, message.payload_replacing(count))
