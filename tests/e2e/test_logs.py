@@ -62,6 +62,7 @@ def live(server: Server) -> None:
     with CurlSSE(f"{server.url}/sse/test_player", last_event_id="1-9007199254740991") as sse:
         sse.wait_type("gap")
     server.wait_logged("Cleaned up 0 old connections")
+    server.wait_logged("Message delivery failed", delivery_error="gap")  # lines gather for a moment
     server.kill9()
     server.start()
     with WebSocket(f"{server.ws_url}/ws/test_player") as ws_again:
