@@ -89,8 +89,10 @@ class ActivatedServer(Server):
             )
 
     def close(self) -> None:
-        super().close()
-        self.listening.close()
+        try:
+            super().close()
+        finally:
+            self.listening.close()
 
 
 def start_plainly(server: Server) -> None:

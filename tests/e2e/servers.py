@@ -78,7 +78,8 @@ class Server:
         self.port = free_port()
         self.settings = settings
         self.process: subprocess.Popen[bytes] | None = None
-        self._base = 0, 0
+        self._base: tuple[int, int] | None = None
+        """Descriptors and threads when it was ready; None if nobody has waited for that."""
         self.url = f"http://localhost:{self.port}"
         self.ws_url = f"ws://localhost:{self.port}"
         self.http = httpx.Client(base_url=self.url, trust_env=False, timeout=20.0)
@@ -103,6 +104,7 @@ class Server:
     def launch(self) -> None:
         """Start the process and do not wait for it."""
         assert self.process is None, "it runs already"
+        self._base = None
         command = [sys.executable, "-m", "mythos_trio", "serve", *([self.game] if self.game else []), *self.options]
         with (self.directory / "stdout.txt").open("ab") as out, (self.directory / "stderr.txt").open("ab") as err:
             self.process = subprocess.Popen(
@@ -178,6 +180,8 @@ class Server:
     def _left(self) -> list[str]:
         answer = self._tasks()
         left = [f"a leak: {leak}" for leak in answer["leaked"]]
+        if self._base is None:
+            return left
         own, threads = self._own_descriptors(answer), psutil.Process(self.pid).num_threads()
         if own > self._base[0] + LATER_DESCRIPTORS:
             names = [f"{fd.name} -> {os.readlink(fd)}" for fd in Path(f"/proc/{self.pid}/fd").iterdir()]

@@ -122,9 +122,10 @@ class Result:
         found = list(self.problems)
         if self.bound is not None and self.measured > self.bound + SLACK_SECONDS + self.case.work:
             found.append(f"gone after {self.measured:.1f} s, the bound is {self.bound:g} s")
-        if not self.meanwhile["count"]:
+        # A case may be over within the time that one message may take on a busy machine.
+        if not self.meanwhile["count"] and self.measured > LATE_SECONDS:
             found.append("the good clients have got nothing")
-        elif self.meanwhile["max"] > 1000 * LATE_SECONDS:
+        elif self.meanwhile["count"] and self.meanwhile["max"] > 1000 * LATE_SECONDS:
             found.append(f"a message to a good client took {self.meanwhile['max']:.0f} ms")
         if (grown := self.after - self.before) > self.case.memory_mib:
             found.append(f"{grown:.1f} MiB more than before")
