@@ -87,9 +87,9 @@ def simulate(session: nox.Session) -> None:
 def e2e(session: nox.Session) -> None:
     """The server as a process, on real sockets, with clients that we did not write. Needs Node and curl."""
     install(session, "test")
-    for program in ("node", "npm", "curl"):
+    for program in ("node", "npm", "curl", "systemd-analyze"):
         if shutil.which(program) is None:
-            session.error(f"{program} is needed for the end-to-end tests: apt-get install nodejs npm curl")
+            session.error(f"{program} is needed for the end-to-end tests: apt-get install nodejs npm curl systemd")
     modules = npm_install(session)
     session.run("pytest", "tests/e2e", *session.posargs, env={"MYTHOS_NODE_MODULES": str(modules)})
 
