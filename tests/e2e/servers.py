@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -184,7 +185,7 @@ class Server:
             return left
         own, threads = self._own_descriptors(answer), psutil.Process(self.pid).num_threads()
         if own > self._base[0] + LATER_DESCRIPTORS:
-            names = [f"{fd.name} -> {os.readlink(fd)}" for fd in Path(f"/proc/{self.pid}/fd").iterdir()]
+            names = ", ".join(_descriptors(self.pid))
             left.append(f"{own} descriptors beside those of clients; at its start it had {self._base[0]}: {names}")
         if threads > self._base[1] + STORE_THREADS:
             left.append(f"{threads} threads; at its start it had {self._base[1]}")
@@ -250,6 +251,12 @@ class Server:
     def session_id(self, player: str) -> str | None:
         session: str | None = self.http.get(f"/api/connections/{player}/session").json()["session_id"]
         return session
+
+
+def _descriptors(pid: int) -> Iterator[str]:
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            yield f"{descriptor.name} -> {os.readlink(descriptor)}"
 
 
 def _text(path: Path) -> str:
