@@ -214,21 +214,22 @@ class Dispatcher:
 
     async def write_round(self) -> None:
         """Write every connection that is behind once, in slices."""
-        dirty = self._hub.dirty
         newest = self._hub.newest
         if newest > self._rounds_upto:
             self.rounds.add(self._rounds_upto, newest, self._clock.now())
             self._rounds_upto = newest
         count = 0
-        while dirty:
-            connection = next(iter(dirty))
-            del dirty[connection]
-            connection.pump()
-            if connection.link.ended is not None:
-                self._tell_failure(connection)
-            count += 1
-            if count % SLICE == 0:
-                await trio.lowlevel.checkpoint()
+        while self._hub.dirty:
+            # Taken whole: who takes the first key of a dict again and again passes all those that were taken before
+            # it each time, and a round over 10,000 connections costs five times as much.
+            behind, self._hub.dirty = self._hub.dirty, {}
+            for connection in behind:
+                connection.pump()
+                if connection.link.ended is not None:
+                    self._tell_failure(connection)
+                count += 1
+                if count % SLICE == 0:
+                    await trio.lowlevel.checkpoint()
 
     def _tell_failure(self, connection: Connection) -> None:
         # If the channel is full: the checker looks at every connection at each of its rounds anyway.

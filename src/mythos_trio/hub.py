@@ -184,10 +184,12 @@ class Hub:
         return self.channels.get(target[1:], ())
 
     def _deliver(self, message: Message, receivers: Iterable[LiveSession]) -> None:
+        dirty = self.dirty
         for session in receivers:
             if session.log is not None:
                 session.log.append(message)
-                self.dirty.update(session.connections_by_age)
+                for connection in session.connections_by_age:
+                    dirty[connection] = None
 
     def _subscribe(self, effect: Subscribe, seq: int) -> None:
         session = self.live(effect.player_id, effect.session_id)
