@@ -119,8 +119,8 @@ def system_task(world: World) -> Undo:
 
 
 def log_in_memory(world: World) -> Undo:
-    live(world).log = Log(0)
-    return lambda: setattr(live(world), "log", None)
+    live(world)._log = Log(0)
+    return lambda: setattr(live(world), "_log", None)
 
 
 def subscription(world: World) -> Undo:
@@ -217,12 +217,12 @@ async def test_connections_of_a_session_that_is_over(tmp_path: Path, autojump_cl
         assert {leak.kind for leak in await world.server.ledger.look()} >= {"log", "task"}
         live(world).connections[connection.id] = connection
         del hub.connections[connection.id]
-        hub.dirty[connection] = None
+        hub.apart[connection] = None
         found = await world.server.ledger.look()
         assert {leak.kind for leak in found} == {"connection", "link"}
         assert {leak.connection_id for leak in found if leak.kind == "connection"} == {connection.id}
         hub.connections[connection.id] = connection
-        hub.dirty.clear()
+        hub.apart.clear()
         assert await world.server.ledger.look() == []
 
 
@@ -319,7 +319,7 @@ async def test_a_leak_is_logged_once(
         log_in_memory(world)
         await world.server.ledger.look()
         assert len(lines) == 2, "it is gone, and comes back: that is news"
-        live(world).log = None
+        live(world)._log = None
 
 
 async def test_a_look_is_taken_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:

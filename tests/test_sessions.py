@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -100,6 +101,9 @@ async def test_a_visit_of_an_instant_gives_a_full_grace_too(tmp_path: Path, auto
     class Instant:
         id = "instant"
         attached = False
+        link = SimpleNamespace(on_express=None)
+
+        def leave_cohort(self) -> None: ...
 
     async with play(tmp_path / "m.db", game=Puppet(), linkdead_grace=60) as world:
         ann = await entered(world)

@@ -14,7 +14,8 @@ connections carry it at the same time. The map, from the outside in:
 ``bridge``, ``api``, ``monitor``          Hypercorn and the Quart-Trio app: the API and the monitoring pages
 ``registrar``, ``session``, ``handlers``  who is in which session; the player's nursery; the game's handlers
 ``timers``                                the game's timers that run now
-``dispatcher``, ``hub``, ``connection``   from a committed transaction to the bytes on each connection
+``dispatcher``, ``hub``                   from a transaction to what it means in memory
+``rounds``, ``connection``                from there to the bytes on each connection
 ``ledger``, ``explain``                   what runs, and whose it is; what became of a message
 ``checker``                               pings, verdicts, clean-up, gauges
 ``link``, ``net``                         the owner of each socket; the seam to the network

@@ -2,8 +2,9 @@
 
 How messages go out
 -------------------
-The dispatcher calls `pump` for every connection that a round concerns. At the head of the log, with
-nothing unsent, that is one non-blocking send of bytes which all receivers share; no task is woken.
+A connection that has been written all of its stream, with nothing unsent, is in a cohort and has no cursor of
+its own: rounds write to it past all this (`mythos_trio.rounds`). One that is apart is pumped by the dispatcher: a
+non-blocking send from its cursor, and no task is woken.
 Only when the link refuses (its socket is full), or the log in memory has moved on past the cursor,
 does a task of the connection's own start (`_catch_up`): it writes many frames in one send, from the
 log or from the store, and ends when it has reached the head. Until then the connection is *behind*, and is
@@ -38,6 +39,7 @@ from mythos_trio.storage import Chunk, StoreError
 if TYPE_CHECKING:
     from mythos_trio.hub import Hub
     from mythos_trio.link import Link
+    from mythos_trio.rounds import Cohort
     from mythos_trio.session import LiveSession
 
 MAX_REPLIES: Final = 33
@@ -96,10 +98,12 @@ class Connection:
         "_reply_room",
         "_start",
         "_told_lost",
+        "_written",
         "acknowledged",
         "acknowledgements",
         "address",
         "attached",
+        "cohort",
         "expires_at",
         "framing",
         "heartbeat_at",
@@ -112,13 +116,12 @@ class Connection:
         "opened",
         "opened_at",
         "over",
+        "place",
         "post_at",
         "replaced",
         "scope",
-        "sent",
         "session",
         "starts_after",
-        "written",
     )
 
     def __init__(
@@ -145,9 +148,10 @@ class Connection:
         self.address = address
         self.observable = observable
         self.opened_at = opened_at
-        self.written = 0  # everything of the session up to this number has been taken by the link
+        self.cohort: Cohort | None = None  # with those that have been written as much, and everything
+        self.place = 0  # in its cohort
+        self._written = 0  # see `written`: while it is apart
         self.acknowledged = 0  # the client said so itself: an ack, a named position, an answered ping
-        self.sent = 0
         self.attached = False
         self.over: Close | None = None
         self.scope = trio.CancelScope()
@@ -191,8 +195,15 @@ class Connection:
         return self.session.session_id
 
     @property
+    def written(self) -> int:
+        """Everything of the session up to this number has been taken by the link."""
+        return self._written if self.cohort is None else self.cohort.written
+
+    @property
     def behind(self) -> int:
         """Messages in memory that it has not been sent; at least 1 if it reads from the store."""
+        if self.cohort is not None:
+            return 0
         log = self.session.log
         if log is None or self._index is None:
             return max(1, len(self._chunk)) if self._busy else 0
@@ -250,6 +261,7 @@ class Connection:
             self.take_chunk(chunk)
         self._wait_between().first += then
         self._start = start
+        self.link.on_express = self._express
         self.pump()
 
     def end(self, close: Close, *, by: str = "server", retry_ms: int | None = None) -> None:
@@ -300,7 +312,7 @@ class Connection:
         # kernel does so for a program that has stopped, until the window is closed.) Who does not read at
         # all is ended by the link's write timeout.
         before = self._acknowledged_bytes
-        self._acknowledged_bytes = self._count_acknowledged()
+        self._acknowledged_bytes = self.link.acknowledged()
         slow = self._busy or (self.link.unacknowledged() or 0) >= SLOW_BYTES
         if slow and self._acknowledged_bytes > before:
             return True
@@ -309,15 +321,9 @@ class Connection:
             return self.link.unread() > 0
         return self.link.unacknowledged() == 0
 
-    def _count_acknowledged(self) -> int:
-        """Bytes; where the system cannot tell, those that its kernel has taken."""
-        unacknowledged = self.link.unacknowledged()
-        within = 0 if unacknowledged is None else unacknowledged - self.link.unsent
-        return self.link.sent_bytes - within
-
     def _probed(self) -> None:
         self.liveness.probed(trio.current_time())
-        self._acknowledged_bytes = self._count_acknowledged()
+        self._acknowledged_bytes = self.link.acknowledged()
 
     def probe(self) -> None:
         """Ask for a sign of life: a ping, or on SSE a heartbeat whose bytes must be acknowledged."""
@@ -394,23 +400,55 @@ class Connection:
         """Write what can be written without waiting; a task goes on with the rest."""
         if self._busy or self.over is not None or self._start is None:
             return
-        log = self.session.log
-        if self._between is None and log is not None and self._index == log.head - 1 and log.newest is not None:
-            # At the head, and nothing else to say: as nearly always.
-            message = log.newest
-            if self.link.try_send(self.framing.message(message, self.hub.epoch)):
-                self._index = log.head
-                self.written = self._from = self.hub.newest
-                self.sent += 1
-                self.session.delivered(message)
-                return
-        if self._write_all_now() is not Written.ALL:
-            self._busy = self._behind = True
-            try:
-                self._start(self._catch_up)
-            except RuntimeError:
-                # The nursery is closed: the session ends, and this connection with it.
-                self._busy = False
+        if self.cohort is not None and self.cohort.written != self.hub.newest:
+            self.leave_cohort()  # in the middle of a round that has not come to its cohort
+        if self._write_all_now() is Written.ALL:
+            self._enter_cohort()
+            return
+        self.leave_cohort()
+        self.hub.apart.pop(self, None)
+        self._busy = self._behind = True
+        try:
+            self._start(self._catch_up)
+        except RuntimeError:
+            # The nursery is closed: the session ends, and this connection with it.
+            self._busy = False
+
+    # In a cohort, or apart.
+
+    def _enter_cohort(self) -> None:
+        """If it has reached the head, and nothing is unsent, rounds need to know nothing more of it."""
+        hub = self.hub
+        if self.cohort is not None or self.over is not None:
+            return
+        send = self.link.express()
+        if send is None or hub.newest != hub.cohorts.written or not self._at_head():
+            hub.apart[self] = None
+            return
+        hub.apart.pop(self, None)
+        self._behind = False
+        self.cohort = hub.cohorts.enter(self, send)
+        self.session.keeps_up(self)
+
+    def leave_cohort(self) -> None:
+        """From now on it has a cursor of its own, and rounds write from there."""
+        cohort = self.cohort
+        if cohort is None:
+            return
+        self.session.falls_behind(self)
+        self.hub.cohorts.leave(self, cohort)
+        self.cohort = None
+        self._written = self._from = cohort.written
+        self._index = None
+        if self.over is None:
+            self.hub.apart[self] = None
+
+    def _express(self, possible: bool) -> None:
+        """The link tells whether sends may go past it."""
+        if not possible:
+            self.leave_cohort()
+        elif not self._busy:
+            self._enter_cohort()
 
     def _write_all_now(self) -> Written:
         """Write as far as can be done without waiting."""
@@ -433,11 +471,15 @@ class Connection:
 
     def _at_head(self) -> bool:
         """Whether there is nothing more to write, for sure."""
+        if self.cohort is not None:
+            return self._between is None and self.cohort.written == self.hub.newest
         log = self.session.log
         return self._between is None and not self._chunk and log is not None and self._index == log.head
 
     def _next_batch(self) -> tuple[Batch | None, int]:
         """What comes next and up to which number the stream is then complete; None: not in memory."""
+        if self.cohort is not None:
+            return NOTHING, self.cohort.written
         if self._chunk:
             batch = next_batch(self._chunk, CHUNK_BYTES)
             return batch, self._chunk_to if batch.count == len(self._chunk) else batch.messages[-1].seq
@@ -531,11 +573,11 @@ class Connection:
 
     def _has_written(self, messages: Sequence[Message], upto: int) -> None:
         self._move_to(upto)
-        self.sent += len(messages)
         self.session.delivered_to(self, messages)
 
     def _move_to(self, seq: int) -> None:
-        self.written = self._from = max(seq, self._from)
+        if self.cohort is None:
+            self._written = self._from = max(seq, self._from)
 
     # Catching up.
 
@@ -558,6 +600,7 @@ class Connection:
             pass  # lost, or closed by its owner when the last words had had their time
         finally:
             self._busy = False
+            self._enter_cohort()
 
     async def _read_store(self) -> None:
         """Read the next part of the stream; the gap first, if something is lost."""

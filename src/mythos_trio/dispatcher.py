@@ -2,8 +2,8 @@
 
 Two tasks. The *writer* takes all that has gathered and commits it as one (group commit): while one
 commit is under way the next one gathers, so commits grow with the load by themselves. The *dispatcher*
-takes committed batches, applies them to the hub in the order of their numbers, and writes a round: a
-list of connections that are behind, each written from its own cursor when its turn comes. Nothing is
+takes committed batches, applies them to the hub in the order of their numbers, and writes a round
+(`mythos_trio.rounds`). Nothing is
 delivered that is not stored, and delivery never waits for a client.
 
 From `submit` on a transaction is the dispatcher's: it is committed and delivered whatever becomes of
@@ -26,6 +26,7 @@ from mythos_trio.core.errors import ErrorType, Refusal
 from mythos_trio.core.timeline import Timeline
 from mythos_trio.core.transaction import Append, Committed, Outcome, Reason, Refused, Transaction
 from mythos_trio.core.wire import Message
+from mythos_trio.rounds import Rounds
 
 if TYPE_CHECKING:
     from mythos_trio.connection import Connection
@@ -39,8 +40,6 @@ log = logs.get("delivery")
 ROOM_SECONDS: Final = 5.0
 MAX_QUEUED: Final = 4096
 MAX_UNSAVED_BYTES: Final = 32 << 20
-# Between slices other tasks run: 64 sends of 10 µs are well below a millisecond.
-SLICE: Final = 64
 ROUNDS_KEPT: Final = 4096
 
 
@@ -108,6 +107,7 @@ class Dispatcher:
         self._room = trio.Event()
         self._idle = trio.Event()
         self._idle.set()
+        self._writer = Rounds(hub, self._tell_failure)
         self.rounds = Timeline(ROUNDS_KEPT)
         """When the numbers of each round were written (POSIX time) to all that were not behind."""
         self._rounds_upto = hub.newest
@@ -213,23 +213,12 @@ class Dispatcher:
             self._idle.set()
 
     async def write_round(self) -> None:
-        """Write every connection that is behind once, in slices."""
+        """Write to everybody what is new (`mythos_trio.rounds`)."""
         newest = self._hub.newest
         if newest > self._rounds_upto:
             self.rounds.add(self._rounds_upto, newest, self._clock.now())
             self._rounds_upto = newest
-        count = 0
-        while self._hub.dirty:
-            # Taken whole: who takes the first key of a dict again and again passes all those that were taken before
-            # it each time, and a round over 10,000 connections costs five times as much.
-            behind, self._hub.dirty = self._hub.dirty, {}
-            for connection in behind:
-                connection.pump()
-                if connection.link.ended is not None:
-                    self._tell_failure(connection)
-                count += 1
-                if count % SLICE == 0:
-                    await trio.lowlevel.checkpoint()
+        await self._writer.write()
 
     def _tell_failure(self, connection: Connection) -> None:
         # If the channel is full: the checker looks at every connection at each of its rounds anyway.

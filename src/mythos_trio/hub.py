@@ -8,7 +8,7 @@ live is the stream that the store would replay.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Final
 
 from attrs import frozen
@@ -16,6 +16,7 @@ from attrs import frozen
 from mythos_trio.core import names
 from mythos_trio.core.backlog import Replaced
 from mythos_trio.core.data import Data
+from mythos_trio.core.log import Log, Topic
 from mythos_trio.core.session import State
 from mythos_trio.core.timeline import Timeline
 from mythos_trio.core.transaction import (
@@ -28,6 +29,7 @@ from mythos_trio.core.transaction import (
     Unsubscribe,
 )
 from mythos_trio.core.wire import Message
+from mythos_trio.rounds import Cohorts, Fresh
 from mythos_trio.storage import ConnectionRow, Notes, Storage
 
 if TYPE_CHECKING:
@@ -80,8 +82,14 @@ class Hub:
         self.newest = 0
         self.epochs: Epochs | None = None
         self.epoch = 0
-        # Connections that a round has to write to, in the order in which they fell behind.
-        self.dirty: dict[Connection, None] = {}
+        # What everybody hears, and what those in a channel do; a channel is here as long as it has listeners.
+        self.everyone = Topic()
+        self.topics: dict[str, Topic] = {}
+        # Connections that keep up, and those that each round has to look at, in the order in which they fell behind.
+        self.cohorts = Cohorts()
+        self.apart: dict[Connection, None] = {}
+        # What the next round writes.
+        self.fresh = Fresh()
         self.data: Data[Submission] = Data()
         self.timers: dict[str, dict[str, SetTimer]] = {}
         # Who lets an owner's timers run: live sessions, and the world's.
@@ -98,6 +106,7 @@ class Hub:
         self.epochs = recovered.epochs
         self.epoch = recovered.epochs.present
         self.newest = recovered.newest
+        self.cohorts.move(self.newest)
         self.data.load(recovered.values)
         for timer in recovered.timers:
             self.timers.setdefault(timer.owner, {})[timer.name] = timer
@@ -107,7 +116,7 @@ class Hub:
     def add(self, session: LiveSession) -> None:
         self.sessions[session.player_id] = session
         for channel in session.channels:
-            self.channels.setdefault(channel, {})[session] = None
+            self._enter(session, channel)
 
     def remove(self, session: LiveSession) -> None:
         """Forget a session that is over; another one of the player is not touched."""
@@ -134,11 +143,10 @@ class Hub:
             count = 0
             match effect:
                 case Append():
-                    receivers = list(self._receivers(effect.target))
-                    count = sum(len(session.connections) for session in receivers)
+                    count = self._count_connections(effect.target)
                     if index not in outcome.duplicates:
                         message = Message(seq, effect.id, effect.target, effect.body)
-                        self._deliver(message, receivers)
+                        self._deliver(message)
                         messages.append(message)
                 case Subscribe():
                     self._subscribe(effect, seq)
@@ -175,34 +183,62 @@ class Hub:
         if clock is not None:
             clock.changed(change.name)
 
-    def _receivers(self, target: str) -> Iterable[LiveSession]:
-        if target == names.EVERYONE:
-            return self.sessions.values()
+    def _receivers(self, target: str) -> Collection[LiveSession]:
         if target.startswith("@"):
             session = self.sessions.get(target[1:])
             return () if session is None else (session,)
         return self.channels.get(target[1:], ())
 
-    def _deliver(self, message: Message, receivers: Iterable[LiveSession]) -> None:
-        dirty = self.dirty
+    def _count_connections(self, target: str) -> int:
+        if target == names.EVERYONE:
+            return len(self.connections)
+        return sum(len(session.connections) for session in self._receivers(target))
+
+    def _deliver(self, message: Message) -> None:
+        """Let the next round write it, and all logs have it when somebody looks into them."""
+        target = message.target
+        if target == names.EVERYONE:
+            self.everyone.append(message)
+            self.fresh.everyone.append(message)
+            return
+        receivers = self._receivers(target)
+        self.fresh.add(message, receivers)
+        if not target.startswith("@"):
+            if receivers:
+                self.topics[target[1:]].append(message)
+            return
         for session in receivers:
             if session.log is not None:
                 session.log.append(message)
-                for connection in session.connections_by_age:
-                    dirty[connection] = None
 
     def _subscribe(self, effect: Subscribe, seq: int) -> None:
         session = self.live(effect.player_id, effect.session_id)
         if session is not None and effect.channel not in session.channels:
             session.channels[effect.channel] = seq
-            self.channels.setdefault(effect.channel, {})[session] = None
+            self._enter(session, effect.channel)
+
+    def _enter(self, session: LiveSession, channel: str) -> None:
+        self.channels.setdefault(channel, {})[session] = None
+        topic = self.topics.setdefault(channel, Topic())
+        if session.log is not None:
+            session.log.hear(topic)
 
     def _leave(self, session: LiveSession, channel: str) -> None:
         listeners = self.channels.get(channel)
         if listeners is not None:
+            if session.log is not None:
+                session.log.stop_hearing(self.topics[channel])
             listeners.pop(session, None)
             if not listeners:
-                del self.channels[channel]
+                del self.channels[channel], self.topics[channel]
+
+    def begin_log(self, session: LiveSession) -> Log:
+        """A log for a session that gets its first connection."""
+        log = Log(self.newest)
+        log.hear(self.everyone)
+        for channel in session.channels:
+            log.hear(self.topics[channel])
+        return log
 
     # What handlers and operators see.
 

@@ -331,8 +331,8 @@ class Ledger:
                 yield _of_connection("connection", connection, "its session is over", sure=True)
             elif connection.over is not None or connection.link.closed:
                 yield _of_connection("connection", connection, "it is over, and still attached")
-        for connection in list(self.hub.dirty):
-            if connection in self.hub.dirty and self.hub.connections.get(connection.id) is not connection:
+        for connection in list(self.hub.apart):
+            if connection in self.hub.apart and self.hub.connections.get(connection.id) is not connection:
                 yield _of_connection("connection", connection, "it is gone, and still to be written to")
 
     def _channels(self) -> Iterator[Leak | None]:
@@ -477,7 +477,7 @@ class Ledger:
             "clocks": len(hub.clocks),
             "data_bytes": hub.data.bytes,
             "data_pending": hub.data.pending,
-            "behind": len(hub.dirty),
+            "behind": len(hub.apart),
             "notes": hub.waiting_notes,
             "unsent_bytes": sum(link.unsent for link in self.links),
         }

@@ -88,6 +88,7 @@ class Link(trio.abc.HalfCloseableStream):
         "lingers_until",
         "on_closed",
         "on_end",
+        "on_express",
         "on_frames",
         "on_pong",
         "on_violation",
@@ -128,6 +129,8 @@ class Link(trio.abc.HalfCloseableStream):
         self.ended_by = ""
         """``client``, ``network``, ``server`` or ``operator``."""
         self.on_end: Callable[[], None] | None = None
+        self.on_express: Callable[[bool], None] | None = None
+        """Told False when `express` may not be used any more, and True when it may be again."""
         self.on_closed: Callable[[Link], None] | None = None
         """Called once, when the socket has been closed."""
         self.lingers_until: float | None = None
@@ -144,7 +147,7 @@ class Link(trio.abc.HalfCloseableStream):
         """`trio.current_time` of the last byte from the peer."""
         self.received_bytes = 0
         self.sent_bytes = 0
-        """Bytes given to the kernel."""
+        """Bytes that the link has given to the kernel: those that went past it (`express`) are not counted."""
 
     def __repr__(self) -> str:
         state = "open" if self.ended is None else f"ended: {self.ended.reason}"
@@ -191,6 +194,22 @@ class Link(trio.abc.HalfCloseableStream):
             self._keep(memoryview(data)[sent:])
         return not self._closed
 
+    def express(self) -> Callable[[bytes], int] | None:
+        """The socket's own ``send``, for who cannot afford a call in between; None: not now.
+
+        It may be used as long as nothing is unsent and more may be sent: `on_express` tells when that ends, and
+        when it is so again. What it has not taken, or raised, is the link's to see to (`finish`, `failed`).
+        """
+        return None if self._queue or self._sealed or self._closed else self._wire.send
+
+    def finish(self, data: bytes, sent: int) -> None:
+        """`express` has taken only the first *sent* bytes of *data*: send the rest, as `try_send` does."""
+        self._keep(memoryview(data)[sent:])
+
+    def failed(self, error: OSError) -> None:
+        """`express` has raised *error*."""
+        self._break(error)
+
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send after what is unsent. BrokenResourceError if the link ends before all is with the kernel.
 
@@ -200,7 +219,7 @@ class Link(trio.abc.HalfCloseableStream):
         if self.ended is not None or self._eof_sent:
             self._raise_ended()
         if self.scanner is not None and data[:1] == _CLOSE_FRAME:
-            self._sealed = True
+            self._seal()
         piece = self._put(bytes(data) if isinstance(data, bytearray) else data)
         if piece is not None:
             await self._wait_piece(piece)
@@ -211,7 +230,8 @@ class Link(trio.abc.HalfCloseableStream):
 
     async def send_eof(self) -> None:
         """Send what is unsent, then say that nothing follows. Receiving goes on."""
-        self._sealed = self._eof_sent = True
+        self._eof_sent = True
+        self._seal()
         await self.wait_sent()
         try:
             self._wire.send_eof()
@@ -335,6 +355,12 @@ class Link(trio.abc.HalfCloseableStream):
         count = self._wire.unacknowledged()
         return None if count is None else count + self.unsent
 
+    def acknowledged(self) -> int:
+        """How many bytes the peer's kernel has acknowledged so far, give or take one; where that cannot be known, how
+        many the link has given to our own."""
+        count = self._wire.acknowledged()
+        return self.sent_bytes if count is None else count
+
     def unread(self) -> int:
         """Bytes that have come and were not received."""
         return self._wire.unread() + sum(map(len, self._pushed))
@@ -370,9 +396,18 @@ class Link(trio.abc.HalfCloseableStream):
         piece = _Piece(rest)
         self._queue.append(piece)
         self.unsent += len(rest)
+        if self.on_express is not None and len(self._queue) == 1:
+            self.on_express(False)
         if self._flush_starter is None:
             self._start_flush()
         return piece
+
+    def _seal(self) -> None:
+        """Nothing more is sent."""
+        if not self._sealed:
+            self._sealed = True
+            if self.on_express is not None:
+                self.on_express(False)
 
     def _start_flush(self) -> None:
         self._flush_starter = self.start
@@ -495,7 +530,7 @@ class Link(trio.abc.HalfCloseableStream):
         if self.ended is not None:
             return
         self.ended, self.ended_by = close, by
-        self._sealed = True
+        self._seal()
         if self._ended is not None:
             self._ended.set()
         if self.on_end is not None:
@@ -513,9 +548,13 @@ class Link(trio.abc.HalfCloseableStream):
         self._tell_drained()
 
     def _tell_drained(self) -> None:
-        if self._drained is not None and not self._queue:
+        if self._queue:
+            return
+        if self._drained is not None:
             self._drained.set()
             self._drained = None
+        if self.on_express is not None and not (self._sealed or self._closed):
+            self.on_express(True)
 
     def _raise_ended(self) -> NoReturn:
         if self._broken or not (self._closed or self._eof_sent):

@@ -28,6 +28,8 @@ BACKLOG: Final = 4096
 # States in which a TCP connection has no error: ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT,
 # LAST_ACK, CLOSING (linux/include/net/tcp_states.h). A reset or timed out one is in CLOSE (7).
 _HEALTHY_STATES: Final = frozenset({1, 4, 5, 8, 9, 11})
+# Where TCP_INFO has `tcpi_bytes_acked`, 64 bits (linux/include/uapi/linux/tcp.h).
+_ACKED: Final = slice(120, 128)
 # How long the kernel may go on trying to deliver what it had taken when the socket was closed. Left to itself it
 # keeps the bytes of a client that has vanished, or does not read, for a minute and three quarters or more.
 FAREWELL_SECONDS: Final = 10.0
@@ -67,6 +69,10 @@ class Wire(Protocol):
 
     def unacknowledged(self) -> int | None:
         """Bytes that the peer's kernel has not acknowledged; None where that cannot be known."""
+        ...
+
+    def acknowledged(self) -> int | None:
+        """Bytes that the peer's kernel has acknowledged so far, give or take one; None where that cannot be known."""
         ...
 
     def unread(self) -> int:
@@ -153,6 +159,13 @@ class SocketWire:
         if self._closed or not _LINUX:
             return None
         return _ioctl_count(self._sock, termios.TIOCOUTQ)  # the same number as SIOCOUTQ
+
+    def acknowledged(self) -> int | None:
+        if self._closed or not _LINUX:
+            return None
+        info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED.stop)
+        # An old kernel (before 4.1) tells less.
+        return int.from_bytes(info[_ACKED], sys.byteorder) if len(info) == _ACKED.stop else None
 
     def fileno(self) -> int:
         return self._sock.fileno()

@@ -94,27 +94,28 @@ class LiveSession:
         "_clock",
         "_commands",
         "_context",
+        "_deliveries",
         "_due",
         "_hub",
         "_leave_reason",
+        "_log",
         "_note_after_paying",
         "_noted_state",
         "_paid",
         "_paying",
         "_scope",
+        "_told_index",
         "_visits",
         "_working",
         "arriving",
         "channels",
         "comes_after",
         "connections",
-        "connections_by_age",
         "created_at",
-        "deliveries",
         "finished",
         "fresh",
         "gone",
-        "log",
+        "lead",
         "nursery",
         "over",
         "player_id",
@@ -152,8 +153,8 @@ class LiveSession:
         self.channels: dict[str, int] = dict.fromkeys(row.channels, 0)
         self.sightings = Timeline()  # when `seen` moved
         self.connections: dict[str, Connection] = {}
-        self.connections_by_age: dict[Connection, None] = {}
-        self.log: Log | None = None
+        self.lead: Connection | None = None  # one of those that keep up: for it the session is counted in rounds
+        self._log: Log | None = None
         self.ready = trio.Event()  # `nursery` is open, or never will be again
         self.finished = trio.Event()  # nothing of it runs any more
         self.gone = trio.Event()  # and what follows has been seen to
@@ -166,7 +167,8 @@ class LiveSession:
         self._hub = context.hub
         self._scope = trio.CancelScope()
         self._commands: Commands[Asker] = Commands(complete=complete)
-        self.deliveries = Deliveries(self.seen)
+        self._deliveries = Deliveries(self.seen)
+        self._told_index = 0  # while there is a lead: where in the log that stands which `_deliveries` knows of
         self._working = False
         self._leave_reason = "linkdead"
         # `on_leave` of the player's former session, if that is still being run: all handlers come after it.
@@ -180,6 +182,19 @@ class LiveSession:
         # Timers that are due: at most one a name.
         self._due: list[SetTimer] = []
         self._clock: TimerClock | None = None
+
+    @property
+    def log(self) -> Log | None:
+        """The newest part of the stream, while there is a connection."""
+        if self._log is not None:
+            self._log.pull()
+        return self._log
+
+    @property
+    def deliveries(self) -> Deliveries:
+        """What became of its messages."""
+        self._count_rounds()
+        return self._deliveries
 
     @property
     def online(self) -> bool:
@@ -313,12 +328,11 @@ class LiveSession:
         """A connection has been accepted: from now on it reads the log."""
         self.state = after(self.state, Happening.ATTACH)
         self._visits += 1
-        if self.log is None:
-            self.log = Log(self._hub.newest)
+        if self._log is None:
+            self._log = self._hub.begin_log(self)
         self.arriving -= 1
         self.fresh = False
         self.connections[connection.id] = connection
-        self.connections_by_age[connection] = None
         self._hub.connections[connection.id] = connection
         connection.attached = True
         self._owe(self.presence.arrived())
@@ -328,12 +342,13 @@ class LiveSession:
         """A connection is gone. Only this session is touched, and only if it was attached here."""
         if self.connections.pop(connection.id, None) is None:
             return
-        self.connections_by_age.pop(connection, None)
+        connection.leave_cohort()
+        connection.link.on_express = None
         self._hub.connections.pop(connection.id, None)
-        self._hub.dirty.pop(connection, None)
+        self._hub.apart.pop(connection, None)
         if self.connections:
             return
-        self.log = None
+        self._log = None
         if self.state is State.ONLINE:
             self.state = after(self.state, Happening.LAST_DETACH)
         if not self.over and not self._context.draining:
@@ -348,36 +363,60 @@ class LiveSession:
             self.deliveries.confirm(seq)
             self._hub.mark(self.player_id, self.session_id, seq)
 
+    # What has been delivered.
+
+    def keeps_up(self, connection: Connection) -> None:
+        """It has joined a cohort: what it is written from now on is counted by `_count_rounds`."""
+        cohort, log = connection.cohort, self.log
+        if self.lead is None and cohort is not None and log is not None:
+            self.lead = connection
+            self._told_index = log.head
+            cohort.leads += 1
+
+    def falls_behind(self, connection: Connection) -> None:
+        """It is about to leave its cohort."""
+        if self.lead is not connection or connection.cohort is None:
+            return
+        self._count_rounds()
+        connection.cohort.leads -= 1
+        others = (other for other in self.connections.values() if other is not connection)
+        self.lead = next((other for other in others if other.cohort is not None), None)
+        if self.lead is not None and self.lead.cohort is not None:
+            self.lead.cohort.leads += 1
+
+    def _count_rounds(self) -> None:
+        """Count what rounds have written to the lead since the last time."""
+        log = self.log
+        if self.lead is None or log is None:
+            return
+        index = log.locate(self.lead.written)
+        if index is not None and index > self._told_index:
+            self._deliveries.wrote(log.number_before(index), index - self._told_index)
+            self._told_index = index
+
     def skipped_for(self, connection: Connection, skipped: Sequence[Skipped]) -> None:
         """*skipped* are not written to *connection*, but what replaces them: told before `delivered_to`."""
-        upto = self.deliveries.upto
-        self.deliveries.replaced += sum(one.seq > upto for one in skipped)
+        deliveries = self.deliveries
+        deliveries.replaced += sum(one.seq > deliveries.upto for one in skipped)
         self._context.statistics.replaced(len(skipped))
 
-    def delivered(self, message: Message) -> None:
-        """*message*, the newest of the log, has been written to a connection: as `delivered_to`, but quick."""
-        deliveries = self.deliveries
-        if message.seq > deliveries.upto:
-            deliveries.wrote(message.seq, 1)
-            message.receivers += 1
-            if message.receivers <= 50:
-                message.players.append(self.player_id)
-
     def delivered_to(self, connection: Connection, messages: Sequence[Message]) -> None:
-        """*messages* have been written to *connection*: count those that are new to the player."""
-        upto = self.deliveries.upto
+        """*messages* have been written to *connection*, which is apart: count those that are new to the player."""
+        deliveries = self.deliveries
+        upto = deliveries.upto
         if messages[-1].seq <= upto:
             return
         count = 0
         for message in messages:
             if message.seq > upto:
                 count += 1
-                message.receivers += 1
-                if message.receivers <= 50:
-                    message.players.append(self.player_id)
+                message.received_by(self.player_id)
                 if message.accepted_at:
                     self._log_mail(message)
-        self.deliveries.wrote(messages[-1].seq, count)
+        deliveries.wrote(messages[-1].seq, count)
+        if self.lead is not None and self._log is not None:
+            # In the middle of a round that has not come to the lead.
+            self._told_index = max(self._told_index, self._log.locate(deliveries.upto) or 0)
 
     def _log_mail(self, message: Message) -> None:
         """It has waited in the store: `Message.accepted_at` is set on those that were read there."""

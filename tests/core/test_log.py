@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mythos_trio.core.log import Log
+from mythos_trio.core.log import Log, Topic
 from mythos_trio.core.wire import Message
 
 
@@ -105,3 +105,68 @@ def test_reading_on_from_anywhere_gives_all_that_is_held(
             read += [m.seq for m in messages]
             index += len(messages)
         assert read == [s for s in held if s > start]
+
+
+# What is said to many.
+
+
+def test_a_log_takes_over_what_its_topics_have_said_in_the_order_of_the_numbers() -> None:
+    room, everyone, log = Topic(), Topic(), Log(2)
+    room.append(message(1))
+    log.hear(room)
+    log.hear(everyone)
+    for seq, topic in ((3, room), (4, everyone), (6, room)):
+        topic.append(message(seq))
+    log.append(message(7))
+    everyone.append(message(8))
+    assert seqs_after(log, 2) == [3, 4, 6, 7], "what has been said before it listened is not its own"
+    log.pull()
+    assert seqs_after(log, 2) == [3, 4, 6, 7, 8]
+
+
+def test_who_stops_hearing_keeps_what_was_said_until_then() -> None:
+    room, log = Topic(), Log(0)
+    log.hear(room)
+    room.append(message(1))
+    log.stop_hearing(room)
+    room.append(message(2))
+    log.append(message(3))
+    assert seqs_after(log, 0) == [1, 3]
+
+
+def test_what_fell_out_of_a_topic_leaves_no_hole() -> None:
+    room, everyone, log = Topic(max_messages=2), Topic(), Log(0)
+    log.hear(room)
+    log.hear(everyone)
+    log.append(message(1))
+    everyone.append(message(2))
+    for seq in (3, 4, 5):
+        room.append(message(seq))
+    everyone.append(message(6))
+    log.pull()
+    assert (log.floor, log.head, log.locate(2)) == (3, 6, None), "all are counted, and none is passed over in silence"
+    assert seqs_after(log, 3) == [4, 5, 6]
+    assert log.number_before(log.head) == 6
+    assert log.number_before(3) == log.floor
+
+
+@given(
+    st.lists(st.sampled_from(["room", "everyone", "own", "pull"]), max_size=60),
+    st.integers(1, 5),
+    st.integers(1, 5),
+)
+def test_a_log_that_is_pulled_now_and_then_is_the_end_of_the_stream(steps: list[str], held: int, kept: int) -> None:
+    topics = {"room": Topic(max_messages=held), "everyone": Topic(max_bytes=held * 10)}
+    log, said = Log(0, max_messages=kept), list[int]()
+    for topic in topics.values():
+        log.hear(topic)
+    for seq, step in enumerate(steps, 1):
+        if step == "pull":
+            log.pull()
+        else:
+            said.append(seq)
+            topics.get(step, log).append(message(seq))
+    log.pull()
+    assert log.head == len(said)
+    assert seqs_after(log, log.floor) == [seq for seq in said if seq > log.floor]
+    assert len(log) <= kept

@@ -627,7 +627,7 @@ async def judge_leftovers(world: World) -> None:
         "sessions": dict(hub.sessions),
         "connections": dict(hub.connections),
         "channels": dict(hub.channels),
-        "connections that are behind": dict(hub.dirty),
+        "connections that are behind": dict(hub.apart),
         "sessions that are stuck": list(hub.stuck),
         "clocks": [owner for owner in hub.clocks if owner != "world"],
         "transactions": server.dispatcher.queued,

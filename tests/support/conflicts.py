@@ -644,7 +644,7 @@ class Simulation:
         await self.quiet()
         hub = self.life.server.hub
         require(not hub.sessions, "after the grace time nobody is there", sessions=list(hub.sessions))
-        require(not hub.connections and not hub.channels and not hub.dirty, "nothing is left of connections")
+        require(not hub.connections and not hub.channels and not hub.apart, "nothing is left of connections")
         for facts in self.history.sessions.values():
             require(not facts.told or facts.told[-1] == "leave", "who joined has left", session=facts)
         await self.drain()

@@ -102,7 +102,6 @@ class FakeSession:
     seen: int = 0
     channels: dict[str, int] = field(factory=dict)
     connections: dict[str, FakeConnection] = field(factory=dict)
-    connections_by_age: dict[FakeConnection, None] = field(factory=dict)
     deliveries: Deliveries = field(factory=lambda: Deliveries(0))
     nursery: trio.Nursery | None = None
     finished: trio.Event = field(factory=trio.Event)
@@ -279,7 +278,6 @@ class Stand:
         connection = FakeConnection(connection_id, transport, session, trio.current_time(), **more)
         session.state = State.ONLINE
         session.connections[connection_id] = connection
-        session.connections_by_age[connection] = None
         self.hub.connections[connection_id] = cast(Any, connection)
         return connection
 

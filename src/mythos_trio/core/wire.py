@@ -33,12 +33,14 @@ class _Keyed(msgspec.Struct):
 
 _decode_keyed: Final = msgspec.json.Decoder(_Keyed).decode
 _UNREAD: Final = ("", "")
+# How many of a message's receivers the log line names.
+NAMED: Final = 50
 
 
 class Message:
     """A stored message, shared by the logs of all its receivers.
 
-    *body* is its JSON object without ``seq``. *receivers* and *players* (the first 50) count the
+    *body* is its JSON object without ``seq``. *receivers* and *players* (the first `NAMED`) count the
     sessions to which it was written, for the log line that says so.
     """
 
@@ -55,6 +57,17 @@ class Message:
         self._websocket: bytes | None = None
         self._sse: bytes | None = None
         self._key: tuple[str, str] | None = _UNREAD
+
+    def received_by(self, player_id: str) -> None:
+        """It has been written to a session for the first time."""
+        self.receivers += 1
+        if self.receivers <= NAMED:
+            self.players.append(player_id)
+
+    def received_by_all(self, sessions: int, named: Sequence[str]) -> None:
+        """As `received_by`, of so many sessions at once; *named* are some of their players, or all."""
+        self.receivers += sessions
+        self.players += named[: NAMED - len(self.players)]
 
     @property
     def key(self) -> tuple[str, str] | None:

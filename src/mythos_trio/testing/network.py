@@ -35,6 +35,8 @@ class _Way:
     """On its way: when it may arrive, and what; empty bytes are the end."""
     queued: int = 0
     arrived: bytearray = field(factory=bytearray)
+    passed: int = 0
+    """How many bytes have arrived so far."""
     ended: bool = False
     delay: float = 0.0
     stalled: bool = False
@@ -68,6 +70,7 @@ class _Way:
                 continue
             room = self.capacity - len(self.arrived)
             self.arrived += data[:room]
+            self.passed += min(room, len(data))
             if self.record is not None:
                 self.record += data[:room]
             self.queued -= min(room, len(data))
@@ -149,6 +152,10 @@ class MemoryWire:
     def unacknowledged(self) -> int | None:
         self._move()
         return None if self.closed else self._out.queued
+
+    def acknowledged(self) -> int | None:
+        self._move()
+        return None if self.closed else self._out.passed
 
     def unread(self) -> int:
         self._move()
