@@ -401,7 +401,7 @@ ALL: Final = (
     Bug("mail-lost", "a new session begins without the mail", _mail_lost, ("seen", "nothing lost", "all of it")),
     Bug("channels-forgotten", "a session that lives again has no subscriptions", _channels_forgotten,
         ("one session", "nothing lost", "all of it")),
-    Bug("round-forgets", "a round leaves out a connection", _round_forgets,
+    Bug("round-forgets", "a round leaves out a session", _round_forgets,
         ("nothing lost", "all of it", "seen", "bounds")),
     Bug("rest-before-cohort", "of a send to many that was not taken whole, the rest is sent, and then all of it again",
         _rest_before_cohort, ("own stream", "once", "stays up")),
