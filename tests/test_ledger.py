@@ -142,7 +142,7 @@ def clock_of_a_ghost(world: World) -> Undo:
 
 
 def value_of_a_transaction_that_is_over(world: World) -> Undo:
-    submission = Submission(Transaction(), 0.0, 0.0, 0)
+    submission = Submission(Transaction(), 0.0, 0)
     writes = world.server.hub.data.join({"sun": b"1"}, submission)
     submission.settle(Committed((), 0))
     return lambda: world.server.hub.data.failed(writes)

@@ -87,8 +87,8 @@ def test_establishment(statistics: Statistics) -> None:
 def test_delivery(statistics: Statistics) -> None:
     assert statistics.delivery()["delivery_success_rate"] == 100
     statistics.published(2)
-    statistics.delivered(7, 4.0)
-    statistics.delivered(1, None)
+    statistics.delivered(7, [4.0])
+    statistics.delivered(1, ())
     statistics.failed(1, "cut")
     statistics.failed(1, "retention")
     found = statistics.delivery()
@@ -110,7 +110,7 @@ def test_sessions_and_commands(statistics: Statistics) -> None:
 
 def test_rates(statistics: Statistics, time: Time) -> None:
     statistics.published(120)
-    statistics.delivered(600, 1)
+    statistics.delivered(600, [1])
     statistics.established("sse", 1)
     statistics.command(1, True)
     statistics.failed(6, "cut")

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import trio
-from attrs import define, field, frozen
+from attrs import define, frozen
 
 from mythos_trio import logs
 from mythos_trio.core import names
@@ -27,6 +28,7 @@ from mythos_trio.core.timeline import Timeline
 from mythos_trio.core.transaction import Append, Committed, Outcome, Reason, Refused, Transaction
 from mythos_trio.core.wire import Message
 from mythos_trio.rounds import Rounds
+from mythos_trio.logs import SLOW_MS
 
 if TYPE_CHECKING:
     from mythos_trio.connection import Connection
@@ -41,29 +43,41 @@ ROOM_SECONDS: Final = 5.0
 MAX_QUEUED: Final = 4096
 MAX_UNSAVED_BYTES: Final = 32 << 20
 ROUNDS_KEPT: Final = 4096
+DELIVERED: Final = "Message delivered"
 
 
 @define(eq=False)
 class Submission:
-    """A transaction on its way. *connections* has one count per effect once it is applied."""
+    """A transaction on its way. *connections* has one count per effect once it is applied.
+
+    *then* is called when it is: no task has to be woken. It raises nothing.
+    """
 
     transaction: Transaction
-    accepted_at: float
     accepted: float
     size: int
+    then: Callable[[Submission], None] | None = None
     outcome: Outcome | None = None
     connections: Sequence[int] = ()
-    _done: trio.Event = field(factory=trio.Event)
+    _done: trio.Event | None = None
 
     async def wait(self) -> Outcome:
         """Until it is committed and applied, or refused. Cancelling the wait changes nothing."""
-        await self._done.wait()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self.outcome is None:
+            if self._done is None:
+                self._done = trio.Event()
+            await self._done.wait()
         assert self.outcome is not None  # for the type checker: `settle` sets it before the event
         return self.outcome
 
     def settle(self, outcome: Outcome) -> None:
         self.outcome = outcome
-        self._done.set()
+        if self._done is not None:
+            self._done.set()
+        then, self.then = self.then, None
+        if then is not None:
+            then(self)
 
 
 @frozen
@@ -71,14 +85,6 @@ class Failure:
     """A write to a client that failed: the dispatcher tells the health checker."""
 
     connection: Connection
-
-
-@define
-class _Delivery:
-    """One committed message until its round is over, for the log line."""
-
-    message: Message
-    accepted: float
 
 
 class Dispatcher:
@@ -100,7 +106,9 @@ class Dispatcher:
         self._clock = clock
         self._batch_size = batch_size
         self._failures = failures
-        self._publications, self._gathered = trio.open_memory_channel[Submission](MAX_QUEUED)
+        # No channel: who puts something in has made sure that there is room, and one task takes it out.
+        self._queue: deque[Submission] = deque()
+        self._gathered = trio.Event()
         self._committed, self._to_deliver = trio.open_memory_channel[tuple[list[Submission], list[Outcome]]](1)
         self._unsaved_bytes = 0
         self._unsaved = 0
@@ -130,30 +138,33 @@ class Dispatcher:
 
     async def wait_room(self) -> None:
         """Until something can be queued, `ROOM_SECONDS` at most. Does not wait if there is room."""
-        if not self._has_room():
+        if not self.has_room:
             with trio.move_on_after(ROOM_SECONDS):
-                while not self._has_room():
+                while not self.has_room:
                     await self._room.wait()
 
-    def submit_nowait(self, transaction: Transaction) -> Submission:
-        """Queue *transaction*, or refuse it at once if too much is unsaved."""
-        if not self._has_room():
+    def submit_nowait(self, transaction: Transaction, then: Callable[[Submission], None] | None = None) -> Submission:
+        """Queue *transaction*, or refuse it at once if too much is unsaved. *then* as in `Submission`."""
+        if not self.has_room:
             raise Refusal(
                 ErrorType.CAPACITY,
                 "too much waits to be stored: try again",
                 status=503,
                 retry_ms=int(ROOM_SECONDS * 1000),
             )
-        size = sum(len(e.body) for e in transaction.effects if isinstance(e, Append))
-        submission = Submission(transaction, self._clock.now(), trio.current_time(), size)
-        self._publications.send_nowait(submission)
+        size = sum([len(effect.body) for effect in transaction.effects if type(effect) is Append])
+        submission = Submission(transaction, trio.current_time(), size, then)
+        self._queue.append(submission)
+        self._gathered.set()
         self._unsaved += 1
         self._unsaved_bytes += size
         if self._idle.is_set():
             self._idle = trio.Event()
         return submission
 
-    def _has_room(self) -> bool:
+    @property
+    def has_room(self) -> bool:
+        """Whether something can be queued at once."""
         return self._unsaved < MAX_QUEUED and self._unsaved_bytes < MAX_UNSAVED_BYTES
 
     async def commit(self, transaction: Transaction) -> Submission:
@@ -171,17 +182,21 @@ class Dispatcher:
     async def write_forever(self) -> None:
         """The writer: commit all that has gathered, again and again."""
         while True:
-            batch = [await self._gathered.receive()]
-            effects = len(batch[0].transaction.effects)
-            while effects < self._batch_size:
-                try:
-                    submission = self._gathered.receive_nowait()
-                except trio.WouldBlock:
-                    break
-                batch.append(submission)
-                effects += len(submission.transaction.effects)
+            await self._gathered.wait()
+            batch = self._take_batch()
             outcomes = await self._storage.commit([submission.transaction for submission in batch])
             await self._committed.send((batch, outcomes))
+
+    def _take_batch(self) -> list[Submission]:
+        """What has gathered: one transaction at least, then as many as have `batch_size` effects."""
+        batch: list[Submission] = []
+        effects = 0
+        while self._queue and (not batch or effects < self._batch_size):
+            batch.append(self._queue.popleft())
+            effects += len(batch[-1].transaction.effects)
+        if not self._queue:
+            self._gathered = trio.Event()
+        return batch
 
     async def dispatch_forever(self) -> None:
         """The dispatcher: apply what is committed, write a round."""
@@ -192,12 +207,13 @@ class Dispatcher:
             self._account(deliveries)
             self._leave_queue(batch)
 
-    def _apply(self, batch: list[Submission], outcomes: list[Outcome]) -> list[_Delivery]:
-        deliveries: list[_Delivery] = []
+    def _apply(self, batch: list[Submission], outcomes: list[Outcome]) -> list[tuple[Message, float]]:
+        """:returns: the new messages, and when they were accepted, for the lines that say that they were delivered."""
+        deliveries: list[tuple[Message, float]] = []
         for submission, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, Committed):
                 messages, submission.connections = self._hub.apply(submission.transaction, outcome)
-                deliveries += [_Delivery(message, submission.accepted) for message in messages]
+                deliveries += [(message, submission.accepted) for message in messages]
             else:
                 self._hub.data.failed(submission.transaction.writes)
             submission.settle(outcome)
@@ -206,7 +222,7 @@ class Dispatcher:
     def _leave_queue(self, batch: list[Submission]) -> None:
         self._unsaved -= len(batch)
         self._unsaved_bytes -= sum(submission.size for submission in batch)
-        if self._has_room():
+        if self._room.statistics().tasks_waiting and self.has_room:
             self._room.set()
             self._room = trio.Event()
         if self._unsaved == 0:
@@ -225,32 +241,41 @@ class Dispatcher:
         with contextlib.suppress(trio.WouldBlock):
             self._failures.send_nowait(Failure(connection))
 
-    def _account(self, deliveries: list[_Delivery]) -> None:
+    def _account(self, deliveries: list[tuple[Message, float]]) -> None:
+        """Count and log what a round has delivered, all in one go."""
+        if not deliveries:
+            return
         now = trio.current_time()
-        for delivery in deliveries:
-            message = delivery.message
-            ms = (now - delivery.accepted) * 1000
-            self._statistics.published(1)
-            if message.receivers:
-                self._statistics.delivered(message.receivers, ms)
+        self._statistics.published(len(deliveries))
+        delivered = [(message, (now - accepted) * 1000) for message, accepted in deliveries if message.receivers]
+        self._statistics.delivered(sum([m.receivers for m, _ in delivered]), [ms for _, ms in delivered])
+        if log.is_enabled_for(logging.DEBUG):
+            for message, ms in delivered:
                 log_delivered(message, ms)
+            return
+        log.info_each(DELIVERED, [delivered_fields(message, ms) for message, ms in delivered if ms <= SLOW_MS])
+        for message, ms in delivered:
+            if ms > SLOW_MS:
+                log_delivered(message, ms)
+
+
+def delivered_fields(message: Message, ms: float) -> dict[str, object]:
+    fields: dict[str, object] = {
+        "message_id": message.id,
+        "seq": message.seq,
+        "delivery_time_ms": round(ms, 3),
+        "receivers": message.receivers,
+    }
+    fields |= names.target_fields(message.target)
+    if "player_id" not in fields:
+        fields["players"] = message.players
+    return fields
 
 
 def log_delivered(message: Message, ms: float, **more: object) -> None:
     """ "Message delivered": the first connection of a receiver has got it."""
-    fields = names.target_fields(message.target)
-    if "player_id" not in fields:
-        more["players"] = message.players
-    level: Callable[..., object] = log.warning if ms > 1000 and not more.get("mail") else log.info
-    level(
-        "Message delivered",
-        message_id=message.id,
-        seq=message.seq,
-        delivery_time_ms=round(ms, 3),
-        receivers=message.receivers,
-        **fields,
-        **more,
-    )
+    level: Callable[..., object] = log.warning if ms > SLOW_MS and not more.get("mail") else log.info
+    level(DELIVERED, **delivered_fields(message, ms), **more)
     if log.is_enabled_for(logging.DEBUG):
         _debug_message(message, ms)
 

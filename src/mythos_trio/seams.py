@@ -6,10 +6,12 @@ their seam in `mythos_trio.net`, the store's threads in `mythos_trio.storage`.
 
 from __future__ import annotations
 
+import math
 import random
 import secrets
 import time
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Protocol
 
 
@@ -75,4 +77,12 @@ class SeededRandomness:
 
 def rfc3339(posix: float) -> str:
     """*posix* seconds as RFC 3339, UTC, milliseconds, ``Z``."""
-    return datetime.fromtimestamp(posix, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    whole = math.floor(posix)
+    millis = round((posix - whole) * 1_000_000) // 1000
+    return f"{_second(whole)}.{millis:03d}Z" if millis < 1000 else f"{_second(whole + 1)}.000Z"
+
+
+@lru_cache(4)
+def _second(posix: int) -> str:
+    """Each line of the log and each message has the time: its seconds are the same for thousands of them."""
+    return datetime.fromtimestamp(posix, UTC).isoformat(timespec="seconds").removesuffix("+00:00")

@@ -421,7 +421,7 @@ class LiveSession:
     def _log_mail(self, message: Message) -> None:
         """It has waited in the store: `Message.accepted_at` is set on those that were read there."""
         ms = max(0.0, self._context.clock.now() - message.accepted_at) * 1000
-        self._context.statistics.delivered(1, None)
+        self._context.statistics.delivered(1, ())
         log_delivered(message, ms, mail=True)
 
     def gap_told(self, connection: Connection, gap: Gap) -> None:

@@ -50,6 +50,10 @@ class Samples:
         self.count += 1
         self._newest.append(ms)
 
+    def add_all(self, samples: Sequence[float]) -> None:
+        self.count += len(samples)
+        self._newest.extend(samples)
+
     def read(self) -> dict[str, float]:
         """``avg_ms``, ``p50_ms``, ``p95_ms``, ``p99_ms``, ``max_ms``; zeros if there was nothing."""
         ordered = sorted(self._newest)
@@ -209,12 +213,12 @@ class Statistics:
         self._published += n
         self._rates.messages.add(self._now(), n)
 
-    def delivered(self, n: int, ms: float | None) -> None:
-        """*n* receivers got a message; *ms* from 202 to the last write, None if that says nothing (mail)."""
+    def delivered(self, n: int, ms: Sequence[float]) -> None:
+        """*n* receivers got messages; *ms* of each message from 202 to the last write, nothing if that says nothing
+        (mail)."""
         self._delivered += n
         self._rates.deliveries.add(self._now(), n)
-        if ms is not None:
-            self._latency.add(ms)
+        self._latency.add_all(ms)
 
     def replaced(self, n: int) -> None:
         """*n* messages were not written to a connection that was behind, but newer ones of their keys."""

@@ -310,8 +310,8 @@ def _channels_forgotten() -> list[Patch]:
 def _unsaved_at_answer() -> list[Patch]:
     submit = Dispatcher.submit_nowait
 
-    def settled(self: Dispatcher, transaction: Transaction) -> Submission:
-        submission = submit(self, transaction)
+    def settled(self: Dispatcher, transaction: Transaction, then: Any = None) -> Submission:
+        submission = submit(self, transaction, then)
         if transaction.effects and transaction.answer is None and not transaction.presence:
             first = self._hub.newest + 1
             numbers = tuple(range(first, first + len(transaction.effects)))
