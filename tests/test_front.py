@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import h11
@@ -17,11 +18,13 @@ from mythos_trio import front as front_module
 from mythos_trio.access import Access, Visitor
 from mythos_trio.config import Settings
 from mythos_trio.core.errors import ErrorType, busy
-from mythos_trio.front import HEAD_SECONDS, IDLE_SECONDS, YIELD_AFTER, Front, Kind, route
+from mythos_trio.front import HEAD_SECONDS, YIELD_AFTER, Front, Kind, route
 from mythos_trio.http1 import Head, parse_head, read_body, response
 from mythos_trio.hub import Hub
+from mythos_trio.kept import ANSWER_SECONDS, IDLE_SECONDS, Asker
 from mythos_trio.ledger import Ledger
 from mythos_trio.link import Link
+from mythos_trio.poller import Poller
 from mythos_trio.seams import SystemClock
 from tests.support.memory_net import MemoryListener, MemoryStream
 
@@ -44,6 +47,11 @@ class Fakes:
         self.heads: list[bytes] = []
         self.errors: list[str] = []
         self.keep = True
+        self.takes = True
+        """Whether requests are taken that need no task; *waits*: and not answered yet."""
+        self.waits = False
+        self.taken: list[bytes] = []
+        self.askers: list[Asker] = []
         self.crash: Callable[[Link], Awaitable[None]] | None = None
 
     async def websocket(self, link: Link, head: Head, visitor: Visitor, player: str) -> None:
@@ -68,6 +76,21 @@ class Fakes:
         answer = str(len(body)).encode()
         await link.send_all(response(202, answer, keep_alive=head.keep_alive and self.keep, server_id="fake"))
         return self.keep
+
+    def take_post(self, head: Head, visitor: Visitor, body: bytes, asker: Asker) -> bool:
+        if not self.takes:
+            return False
+        self.taken.append(body)
+        self.askers.append(asker)
+        if not self.waits:
+            asker.answer(self.answer_of(body), self.keep)
+        return True
+
+    def answer_of(self, body: bytes) -> bytes:
+        return response(202, str(len(body)).encode(), keep_alive=self.keep, server_id="fake")
+
+    def too_late(self, head: Head) -> bytes:
+        return response(503, b"too late", keep_alive=False, server_id="fake")
 
     async def serve(self, link: Link, head_raw: bytes, visitor: Visitor) -> None:
         self.asked.append(("app", head_raw.split(b" ")[1].decode()))
@@ -110,10 +133,15 @@ class Door:
         self.log = log
         clock = SystemClock()
         self.ledger = Ledger(Hub(cast(Any, None), "door-1"))
-        self.front = Front(settings, Access(settings, clock), self.fakes, self.fakes, self.fakes, clock, self.ledger)
+        poller, fakes = Poller(), self.fakes
+        self.front = Front(settings, Access(settings, clock), fakes, fakes, fakes, clock, self.ledger, poller)
+        self._poller = poller
 
     async def serve(self) -> None:
-        await self.front.serve(self.listener)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._poller.run)
+            await self.front.serve(self.listener)
+            nursery.cancel_scope.cancel()
         self.ended.set()
 
     def connect(self, data: bytes = b"", *, peer: str = "127.0.0.1", eof: bool = False) -> MemoryStream:
@@ -179,8 +207,8 @@ def raw(line: str, *headers: str, host: str | None = "localhost", body: bytes = 
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
-def post(body: bytes, *headers: str, line: str = "POST /api/messages HTTP/1.1") -> bytes:
-    return raw(line, f"Content-Length: {len(body)}", *headers, body=body)
+def post(body: bytes, *headers: str, line: str = "POST /api/messages HTTP/1.1", host: str = "localhost") -> bytes:
+    return raw(line, f"Content-Length: {len(body)}", *headers, host=host, body=body)
 
 
 @pytest.fixture
@@ -273,7 +301,7 @@ async def test_posts_keep_the_connection(door: Door) -> None:
         (answer,) = parse(await stream.receive_until(str(number).encode()), b"POST")
         assert answer.status == 202
         assert "connection" not in answer.headers
-    assert door.fakes.bodies == [b"", b"x", b"xx"]
+    assert door.fakes.bodies + door.fakes.taken == [b"", b"x", b"xx"]
     await stream.aclose()
 
 
@@ -695,6 +723,182 @@ async def test_of_kept_connections_the_one_idle_longest_makes_room(door: Door, s
     assert len(door.listener.open_wires) == settings.connection_pool_size
     for stream in [*kept, newcomer]:
         stream.wire.close()
+
+
+# Requests that need no task of their own.
+
+
+async def kept(door: Door, *headers: str) -> MemoryStream:
+    """A connection that has had one POST answered."""
+    stream = door.connect(post(b"first", *headers))
+    await stream.receive_until(b"\r\n\r\n5")
+    return stream
+
+
+async def test_a_head_that_has_come_before_is_known(door: Door) -> None:
+    stream = await kept(door, "X-Same: yes")
+    for body in (b"x", b"", b"y" * 12000):
+        await stream.send_all(post(body, "X-Same: yes"))
+        await stream.receive_until(b"\r\n\r\n" + str(len(body)).encode())
+    assert door.fakes.taken == [b"x", b"", b"y" * 12000]
+    assert door.fakes.bodies == [b"first"]
+    await stream.aclose()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        post(b"second", "X-Same: no"),
+        post(b"second", "X-Same: yes", "X-More: yes"),
+        raw(MESSAGES, "Content-Length: +6", "X-Same: yes", body=b"second"),
+        raw(MESSAGES, "Content-Length: 6 ", "X-Same: yes", body=b"second"),
+        raw(MESSAGES, "Content-Length: 0000000000000006", "X-Same: yes", body=b"second"),
+        raw(MESSAGES, "Content-Length: 99999999999999999999", "X-Same: yes", body=b"second"),
+        raw(MESSAGES, "Content-Length:6", "X-Same: yes", body=b"second"),
+        raw(MESSAGES, "Content-Length:", "X-Same: yes", body=b"second"),
+        raw(MESSAGES, "X-Same: yes", "Transfer-Encoding: chunked", body=b"6\r\nsecond\r\n0\r\n\r\n"),
+        post(b"second", "X-Same: yes", host="elsewhere"),
+        post(b"second", "X-Same: yes") + post(b"third", "X-Same: yes"),
+    ],
+)
+async def test_any_other_head_is_read(door: Door, data: bytes) -> None:
+    stream = await kept(door, "X-Same: yes")
+    await stream.send_all(data)
+    await stream.receive_some()
+    assert door.fakes.taken == []
+    await stream.aclose()
+
+
+@pytest.mark.parametrize("header", ["Expect: 100-continue", "Idempotency-Key: k", "Connection: close"])
+async def test_what_a_head_says_of_one_request_is_not_known_for_the_next(door: Door, header: str) -> None:
+    stream = door.connect(post(b"first", header))
+    await stream.receive_until(b"\r\n\r\n5")
+    with suppress(trio.BrokenResourceError):
+        await stream.send_all(post(b"second", header))
+        await stream.receive_some()
+    assert door.fakes.taken == []
+    await stream.aclose()
+
+
+async def test_a_body_that_comes_late_is_read_by_the_task(door: Door) -> None:
+    stream = await kept(door)
+    await stream.send_all(post(b"second")[:-3])
+    await trio.testing.wait_all_tasks_blocked()
+    await stream.send_all(b"ond")
+    await stream.receive_until(b"\r\n\r\n6")
+    assert door.fakes.bodies == [b"first", b"second"]
+    await stream.aclose()
+
+
+async def test_what_cannot_be_taken_is_answered_all_the_same(door: Door) -> None:
+    stream = await kept(door)
+    door.fakes.takes = False
+    await stream.send_all(post(b"second"))
+    await stream.receive_until(b"\r\n\r\n6")
+    assert door.fakes.bodies == [b"first", b"second"]
+    await stream.aclose()
+
+
+async def test_one_request_after_the_other(door: Door) -> None:
+    stream = await kept(door)
+    door.fakes.waits = True
+    await stream.send_all(post(b"22"))
+    await trio.testing.wait_all_tasks_blocked()
+    await stream.send_all(post(b"333"))
+    await trio.testing.wait_all_tasks_blocked()
+    assert door.fakes.taken == [b"22"]
+    door.fakes.waits = False
+    door.fakes.askers[0].answer(door.fakes.answer_of(b"22"), True)
+    first, second = parse(await stream.receive_until(b"\r\n\r\n3"), b"POST")
+    assert (first.body, second.body) == (b"2", b"3")
+    await stream.aclose()
+
+
+async def test_who_says_that_nothing_follows_gets_the_answer(door: Door) -> None:
+    stream = await kept(door)
+    door.fakes.waits = True
+    await stream.send_all(post(b"22"))
+    await stream.send_eof()
+    await trio.testing.wait_all_tasks_blocked()
+    door.fakes.askers[0].answer(door.fakes.answer_of(b"22"), True)
+    (answer,) = parse(await stream.receive_all(), b"POST")
+    assert answer.body == b"2"
+
+
+async def test_who_has_gone_is_not_waited_for(door: Door) -> None:
+    stream = await kept(door)
+    door.fakes.waits = True
+    await stream.send_all(post(b"22"))
+    await trio.testing.wait_all_tasks_blocked()
+    stream.wire.reset()
+    door.fakes.askers[0].answer(door.fakes.answer_of(b"22"), True)
+    await trio.testing.wait_all_tasks_blocked()
+    assert door.listener.open_wires == []
+
+
+async def test_an_answer_that_does_not_come(door: Door, autojump_clock: MockClock) -> None:
+    stream = await kept(door)
+    door.fakes.waits = True
+    await trio.sleep(ANSWER_SECONDS - 1)
+    began = trio.current_time()
+    await stream.send_all(post(b"22"))
+    (answer,) = parse(await stream.receive_all(), b"POST")
+    assert (answer.status, answer.headers["connection"]) == (503, "close")
+    assert trio.current_time() - began == pytest.approx(ANSWER_SECONDS, abs=0.01)
+    door.fakes.askers[0].answer(door.fakes.answer_of(b"22"), True)  # nobody hears it
+    await stream.aclose()
+
+
+async def test_a_request_begins_the_time_of_idleness_anew(door: Door, autojump_clock: MockClock) -> None:
+    stream = await kept(door)
+    await trio.sleep(IDLE_SECONDS - 5)
+    await stream.send_all(post(b"22"))
+    await stream.receive_until(b"\r\n\r\n2")
+    began = trio.current_time()
+    assert await stream.receive_all() == b""
+    assert trio.current_time() - began == pytest.approx(IDLE_SECONDS, abs=0.01)
+
+
+@pytest.mark.parametrize("later", [False, True])
+async def test_a_crash_ends_this_connection_only(door: Door, log: Log, later: bool) -> None:
+    stream = await kept(door)
+    other = await kept(door)
+    door.fakes.waits = True
+    if not later:
+        door.fakes.take_post = raises  # type: ignore[method-assign]
+    await stream.send_all(post(b"22"))
+    await trio.testing.wait_all_tasks_blocked()
+    if later:
+        door.fakes.askers[0].crashed(ValueError("in a callback"))
+    (answer,) = parse(await stream.receive_all(), b"POST")
+    assert answer.status == 500
+    assert log.count("Request crashed") == 1
+    await stream.aclose()
+    await trio.testing.wait_all_tasks_blocked()
+    assert len(door.listener.open_wires) == 1
+    await other.aclose()
+
+
+def raises(head: Head, visitor: Visitor, body: bytes, asker: Asker) -> bool:
+    raise ValueError("at once")
+
+
+async def test_draining_waits_for_what_was_taken(door: Door) -> None:
+    stream = await kept(door)
+    door.fakes.waits = True
+    await stream.send_all(post(b"22"))
+    await trio.testing.wait_all_tasks_blocked()
+    door.front.draining = True
+    with trio.move_on_after(0.01) as scope:
+        await door.front.wait_answered(10)
+    assert scope.cancelled_caught
+    door.fakes.keep = False
+    door.fakes.askers[0].answer(door.fakes.answer_of(b"22"), False)
+    with trio.fail_after(1):
+        await door.front.wait_answered(10)
+    (answer,) = parse(await stream.receive_all(), b"POST")
+    assert (answer.body, answer.headers["connection"]) == (b"2", "close")
+    await stream.aclose()
 
 
 # Stopping.

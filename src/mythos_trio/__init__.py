@@ -9,6 +9,7 @@ connections carry it at the same time. The map, from the outside in:
 ``terminal``, ``client``, ``carriers``    a player's client: a line to type in, both transports, their connections
 ``server``                                what exists, the tree of tasks, how it stops
 ``front``, ``http1``, ``access``          accept, read a request's head, who may, where it goes
+``kept``, ``poller``                      requests that need no task of their own; one task for many sockets
 ``websocket``, ``sse``, ``streams``       the two transports, and a connection's life on either
 ``posts``                                 publishing, commands and acknowledgements by POST
 ``bridge``, ``api``, ``monitor``          Hypercorn and the Quart-Trio app: the API and the monitoring pages

@@ -27,8 +27,8 @@ from mythos_trio.core.errors import ErrorType, Refusal
 from mythos_trio.core.timeline import Timeline
 from mythos_trio.core.transaction import Append, Committed, Outcome, Reason, Refused, Transaction
 from mythos_trio.core.wire import Message
-from mythos_trio.rounds import Rounds
 from mythos_trio.logs import SLOW_MS
+from mythos_trio.rounds import Rounds
 
 if TYPE_CHECKING:
     from mythos_trio.connection import Connection

@@ -20,7 +20,8 @@ from attrs import define, field, frozen
 from mythos_trio import logs
 from mythos_trio.core import names
 from mythos_trio.core.errors import BUSY, FAULT, ErrorType, Refusal
-from mythos_trio.http1 import MAX_HEAD, Head, HttpRefusal, read_head, refuse, refused, response
+from mythos_trio.http1 import Head, HttpRefusal, read_head, refuse, refused, response
+from mythos_trio.kept import Asker, Kept
 from mythos_trio.ledger import IDLE, LAST_WORDS, REQUEST, Ledger, Tended
 from mythos_trio.link import Link
 from mythos_trio.net import Listener, Wire
@@ -28,13 +29,12 @@ from mythos_trio.net import Listener, Wire
 if TYPE_CHECKING:
     from mythos_trio.access import Access, Visitor
     from mythos_trio.config import Settings
+    from mythos_trio.poller import Poller
     from mythos_trio.seams import Clock
 
 log = logs.get("server")
 
 HEAD_SECONDS: Final = 10.0
-# How long a connection may be idle between two requests; the same as nginx's keepalive_timeout.
-IDLE_SECONDS: Final = 75.0
 ACCEPT_PAUSE: Final = 0.1
 # With CONNECTION_POOL_SIZE handshakes under way, the oldest makes room if it has had this long: else
 # as many clients that send nothing would shut everybody else out for HEAD_SECONDS.
@@ -63,6 +63,14 @@ class Handlers(Protocol):
 
     async def post(self, link: Link, head: Head, visitor: Visitor, /) -> bool:
         """Read the body and answer. True: the connection can carry the next request. May raise Refusal."""
+        ...
+
+    def take_post(self, head: Head, visitor: Visitor, body: bytes, asker: Asker, /) -> bool:
+        """As `kept.Server.take`, of a POST whose like has been answered before."""
+        ...
+
+    def too_late(self, head: Head, /) -> bytes:
+        """As `kept.Server.too_late`."""
         ...
 
 
@@ -183,6 +191,7 @@ class Front:
         statistics: Counter,
         clock: Clock,
         ledger: Ledger,
+        poller: Poller,
     ) -> None:
         self._settings = settings
         self._access = access
@@ -191,15 +200,15 @@ class Front:
         self._clock = clock
         self._statistics = statistics
         self._ledger = ledger
+        self._poller = poller
         self._listeners: list[Listener] = []
         self._stopped = False
         self._draining = False
         # In the order they began.
         self._handshakes: dict[_Handshake, None] = {}
         self._room = trio.Event()
-        self._idle: dict[trio.CancelScope, tuple[Link, int]] = {}
-        """Kept connections that wait for a request, and what they had received when they began to. The first
-        has waited longest."""
+        self._idle: dict[Kept, None] = {}
+        """Kept connections that wait for a request. The first has waited longest."""
         self._answering = 0
         self._answered = trio.Event()
         self._exhausted = _Episode()
@@ -220,9 +229,8 @@ class Front:
     def draining(self, draining: bool) -> None:
         self._draining = draining
         if draining:
-            for scope, (link, received) in self._idle.items():
-                if link.received_bytes == received:
-                    scope.cancel()
+            for kept in list(self._idle):
+                kept.let_go()
 
     async def wait_answered(self, seconds: float) -> None:
         """Until every request that has come is answered, or handed over; *seconds* at most."""
@@ -315,14 +323,15 @@ class Front:
     async def _connection(self, tended: Tended, handshake: _Handshake) -> None:
         link = tended.link
         tended.task = trio.lowlevel.current_task()
+        kept = Kept(tended, self, self._poller, self._clock)
         then = _Then.CLOSE
         try:
             head = await self._first_head(link, handshake)
             while head is not None:
                 tended.at(REQUEST)
-                then = await self._answer(link, head)
+                then = await self._answer(kept, head)
                 tended.at(IDLE)
-                head = await self._next_head(link) if then is _Then.NEXT else None
+                head = await self._next_head(kept) if then is _Then.NEXT else None
             if then is not _Then.FORGET and link.sent_bytes:
                 tended.at(LAST_WORDS)
                 await link.linger()  # so that the client gets the last answer
@@ -341,26 +350,42 @@ class Front:
         link.reset(BUSY, by="server")  # it has to make room
         return None
 
-    async def _next_head(self, link: Link) -> Head | None:
-        """The head of another request on the same connection. None: there is none, or it was refused."""
+    async def _next_head(self, kept: Kept) -> Head | None:
+        """The head of another request that this task has to serve. None: there is none, or it was refused."""
         if self._draining:
             return None
+        begun = await kept.wait()
+        if kept.error is not None and kept.head is not None:
+            link = kept.tended.link
+            self._crashed(link, kept.head, kept.error, link.sent_bytes)
+            return None
+        return await self._read_head(kept.tended.link, begun) if begun else None
+
+    # What a kept connection asks that needs no task (`kept.Server`).
+
+    def take(self, head: Head, visitor: Visitor, body: bytes, asker: Asker) -> bool:
+        return self._handlers.take_post(head, visitor, body, asker)
+
+    def too_late(self, head: Head) -> bytes:
+        return self._handlers.too_late(head)
+
+    def idles(self, kept: Kept) -> None:
         if len(self._idle) >= self._settings.connection_pool_size:
             # Else whoever keeps thousands takes everybody's descriptors for IDLE_SECONDS.
-            longest = next(iter(self._idle))
-            del self._idle[longest]
-            longest.cancel()
-        begun = b""
-        with trio.CancelScope(deadline=trio.current_time() + IDLE_SECONDS) as scope:
-            self._idle[scope] = link, link.received_bytes
-            try:
-                begun = await link.receive_some(MAX_HEAD)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                return None  # the client has gone
-            finally:
-                self._idle.pop(scope, None)
-        # Nothing: it has been idle for too long, or makes room, the server is draining, or the client has left.
-        return await self._read_head(link, begun) if begun else None
+            next(iter(self._idle)).let_go()
+        self._idle[kept] = None
+        kept.tended.at(IDLE)
+
+    def is_asked(self, kept: Kept) -> None:
+        del self._idle[kept]
+        kept.tended.at(REQUEST)
+        self._answering += 1
+
+    def is_answered(self, kept: Kept) -> None:
+        self._leave_request()
+
+    def wakes(self, kept: Kept) -> None:
+        self._idle.pop(kept, None)
 
     async def _read_head(self, link: Link, begun: bytes = b"") -> Head | None:
         try:
@@ -373,12 +398,13 @@ class Front:
 
     # One request.
 
-    async def _answer(self, link: Link, head: Head) -> _Then:
+    async def _answer(self, kept: Kept, head: Head) -> _Then:
         """Have *head* answered. What a handler lets escape ends here, with this one connection."""
+        link = kept.tended.link
         sent = link.sent_bytes
         self._answering += 1
         try:
-            return await self._serve(link, head)
+            return await self._serve(kept, head)
         except Refusal as refusal:
             await self._refuse(link, refusal, head)
         except BaseExceptionGroup as group:
@@ -390,21 +416,27 @@ class Front:
         except Exception as error:
             self._crashed(link, head, error, sent)
         finally:
-            self._answering -= 1
-            if self._draining and not self._answering:
-                self._answered.set()
-                self._answered = trio.Event()
+            self._leave_request()
         return _Then.CLOSE
 
-    async def _serve(self, link: Link, head: Head) -> _Then:
+    def _leave_request(self) -> None:
+        self._answering -= 1
+        if self._draining and not self._answering:
+            self._answered.set()
+            self._answered = trio.Event()
+
+    async def _serve(self, kept: Kept, head: Head) -> _Then:
+        link = kept.tended.link
         visitor = self._access.check(head, link.peer)
         if (ready := self._ready_answer(head)) is not None:
             await link.send_all(ready)
             return _Then.NEXT if head.keep_alive and not head.has_body else _Then.CLOSE
         to = route(head)
         if to.kind is Kind.POST:
-            kept = await self._handlers.post(link, head, visitor)
-            return _Then.NEXT if kept and head.keep_alive else _Then.CLOSE
+            if not await self._handlers.post(link, head, visitor) or not head.keep_alive:
+                return _Then.CLOSE
+            kept.learn(head, visitor)
+            return _Then.NEXT
         if to.player is None:
             await self._bridge.serve(link, head.origin_raw, visitor)
         elif to.kind is Kind.WEBSOCKET:

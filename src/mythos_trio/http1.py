@@ -13,6 +13,7 @@ import math
 import re
 import time
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
@@ -29,6 +30,7 @@ from mythos_trio.seams import rfc3339
 MAX_HEAD: Final = 16 * 1024
 MAX_HEADERS: Final = 100
 MAX_QUERY_FIELDS: Final = 100
+REMEMBERED_HEADS: Final = 16
 JSON: Final = "application/json"
 Headers = Iterable[tuple[str, str]]
 
@@ -44,7 +46,10 @@ _PLAIN: Final = re.compile(
     rb"([A-Z]{3,7}) (/[!-~]*) HTTP/1\.1\r\n"
     rb"((?:[A-Za-z0-9_-]+: ?[!-~](?:[ -~]*[!-~])?\r\n)+)\r\n"
 )
-_DIGITS: Final = re.compile(r"[0-9]{1,15}")
+_MAX_DIGITS: Final = 15
+_DIGITS: Final = re.compile(rf"[0-9]{{1,{_MAX_DIGITS}}}")
+_LENGTH: Final = re.compile(rb"(?i)\r\ncontent-length: ?([0-9]+)\r\n")
+_OF_ONE_REQUEST: Final = ("expect", "idempotency-key")
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 # What a chunked body may be longer than its content, in all: tiny chunks are work for nothing.
 _CHUNK_OVERHEAD: Final = 16 * 1024
@@ -189,6 +194,42 @@ def _parse_plain(raw: bytes) -> Head | None:
     method, target = match[1].decode(), match[2].decode()
     path, query = _parse_target(method, target, host)
     return Head(method, target, path, query, tuple(headers), "1.1", raw, values)
+
+
+class Repeated:
+    """A head that has come once, and may come again with nothing changed but the length of the body.
+
+    Of a plain head nothing else depends on that number: so bytes that are equal mean the same, and need not be read.
+    """
+
+    __slots__ = ("_after", "_before", "head")
+
+    def __init__(self, head: Head, before: bytes, after: bytes) -> None:
+        self.head = head
+        self._before = before
+        self._after = after
+
+    @classmethod
+    def of(cls, head: Head) -> Repeated | None:
+        """None: *head* is not of the plain kind, or says something about its request alone."""
+        if any(head.header(name) is not None for name in _OF_ONE_REQUEST) or not _PLAIN.fullmatch(head.raw):
+            return None
+        length = _LENGTH.search(head.raw)
+        if length is None or len(head.raw) > MAX_HEAD - _MAX_DIGITS:
+            return None
+        return cls(head, head.raw[: length.start(1)], head.raw[length.end(1) :])
+
+    def body(self, data: bytes) -> bytes | None:
+        """The body, if *data* is this head and a whole body, and nothing else."""
+        if not data.startswith(self._before):
+            return None
+        at = len(self._before)
+        end = data.find(b"\r", at, at + _MAX_DIGITS + 1)
+        digits = data[at:end]
+        if end < 0 or not digits.isdigit() or not data.startswith(self._after, end):
+            return None
+        start = end + len(self._after)
+        return data[start:] if len(data) - start == int(digits) else None
 
 
 def _parse_strictly(raw: bytes) -> Head:
@@ -373,21 +414,33 @@ def response(
     head_only: bool = False,
 ) -> bytes:
     """A complete answer. *head_only*: as to HEAD, without the body that it announces. 204 has no body."""
-    lines = [
-        f"HTTP/1.1 {status} {_PHRASES.get(status, '')}",
-        f"Date: {_DATE.now()}",
-        f"Server-Id: {server_id}",
-    ]
+    head = _head(_DATE.now(), status, content_type, tuple(headers), keep_alive, server_id)
+    if status == 204:
+        return head + b"\r\n"
+    head += b"Content-Length: %d\r\n\r\n" % len(body)
+    return head if head_only else head + body
+
+
+@lru_cache(REMEMBERED_HEADS)
+def _head(
+    date: str,
+    status: int,
+    content_type: str | None,
+    headers: tuple[tuple[str, str], ...],
+    keep_alive: bool,
+    server_id: str,
+) -> bytes:
+    """The lines of an answer's head, but for the length and the empty line: within a second nearly all are the same."""
+    lines = [f"HTTP/1.1 {status} {_PHRASES.get(status, '')}", f"Date: {date}", f"Server-Id: {server_id}"]
     if status != 204:
-        lines += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}"]
+        lines.append(f"Content-Type: {content_type}")
     others = [f"{name}: {value}" for name, value in headers]
     if not keep_alive and not any(line.startswith("Connection: ") for line in others):
         lines.append("Connection: close")
     lines += others
     if any("\r" in line or "\n" in line for line in lines):
         raise ValueError("a header with a line break")
-    head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-    return head if head_only or status == 204 else head + body
+    return ("\r\n".join(lines) + "\r\n").encode("latin-1")
 
 
 def error_body(error_type: ErrorType, message: str, details: Mapping[str, Any], now: float) -> bytes:

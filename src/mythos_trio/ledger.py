@@ -53,6 +53,7 @@ PARTS: Final = frozenset(
     {
         "writer",
         "dispatcher",
+        "poller",
         "registrar",
         "streams",
         "monitor",

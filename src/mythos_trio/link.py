@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import trio
 from attrs import define, field
@@ -21,6 +21,9 @@ from attrs import define, field
 from mythos_trio.core.errors import BINARY, SLOW, TOO_BIG, Close, ErrorType
 from mythos_trio.core.frames import Closing, FrameScanner, Pong, TooBig
 from mythos_trio.net import Wire
+
+if TYPE_CHECKING:
+    from mythos_trio.poller import Poller
 
 CHUNK: Final = 64 * 1024
 RECEIVE: Final = 64 * 1024
@@ -77,6 +80,7 @@ class Link(trio.abc.HalfCloseableStream):
         "_flush_starter",
         "_hushed",
         "_peer_done",
+        "_poller",
         "_pushed",
         "_queue",
         "_receiving",
@@ -123,6 +127,7 @@ class Link(trio.abc.HalfCloseableStream):
         self._peer_done = False
         self._receiving = False
         self._pushed: list[bytes] = []
+        self._poller: Poller | None = None
         self._ended: trio.Event | None = None
         self.ended: Close | None = None
         """Why it is over, None while it lives. The first cause wins."""
@@ -269,6 +274,7 @@ class Link(trio.abc.HalfCloseableStream):
         """Close the socket; unsent bytes are dropped (`wait_sent` first, or `linger`). Idempotent."""
         if not self._closed:
             self._closed = True
+            self.unwatch()
             self._wire.close()
             self._let_go()
         self._end(close or CLOSED, by)
@@ -277,6 +283,7 @@ class Link(trio.abc.HalfCloseableStream):
         """End it now, hard: the peer sees a reset. Idempotent."""
         if not self._closed:
             self._closed = self._broken = True
+            self.unwatch()
             self._wire.reset()
             self._let_go()
         self._end(close, by)
@@ -332,6 +339,37 @@ class Link(trio.abc.HalfCloseableStream):
                     return kept
         finally:
             self._receiving = False
+
+    def watch(self, poller: Poller, readable: Callable[[], None]) -> None:
+        """Have *readable* called when something has come (`receive_now`), or the end, until `unwatch`: so that no
+        task has to wait for it. It is not called for what was pushed back."""
+        if not self._closed:
+            self._poller = poller
+            poller.watch(self._wire, readable)
+
+    def unwatch(self) -> None:
+        """Idempotent; closing does it too."""
+        if self._poller is not None:
+            self._poller.forget(self._wire)
+            self._poller = None
+
+    def receive_now(self, limit: int) -> bytes | None:
+        """What has come, ``b""`` at the end or when the link is broken, None if nothing has come. Without `scanner`."""
+        if self._closed:
+            return b""
+        if self._pushed:
+            return self._take_pushed(limit)
+        try:
+            data = self._wire.recv(limit)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            self._break(error)
+            return b""
+        if data:
+            self.last_received = trio.current_time()
+            self.received_bytes += len(data)
+        return data
 
     def push_back(self, data: bytes) -> None:
         """The next `receive_some` returns these bytes first."""

@@ -18,12 +18,13 @@ from mythos_trio import http1, logs
 from mythos_trio.core import names, wire
 from mythos_trio.core.commands import MAX_WAITING
 from mythos_trio.core.errors import ErrorType, Refusal, invalid
-from mythos_trio.core.messages import PublisherMessage, check_message, decode_json, make_body
+from mythos_trio.core.messages import PublisherMessage, check_message, decode_json
 from mythos_trio.core.rates import Buckets
 from mythos_trio.core.requests import Command, ack_position, parse_command
-from mythos_trio.core.transaction import MAX_EFFECTS, Append, Committed, Request, Transaction
+from mythos_trio.core.transaction import MAX_EFFECTS, Append, Request, Transaction
 from mythos_trio.dispatcher import Submission, raise_if_refused
 from mythos_trio.handlers import DRAINED, draining
+from mythos_trio.kept import ANSWER_SECONDS as COMMIT_SECONDS
 from mythos_trio.registrar import check_current
 from mythos_trio.seams import rfc3339
 from mythos_trio.streams import Streams
@@ -34,16 +35,17 @@ if TYPE_CHECKING:
     from mythos_trio.connection import Connection
     from mythos_trio.handlers import Context
     from mythos_trio.http1 import Head
+    from mythos_trio.kept import Asker
     from mythos_trio.link import Link
     from mythos_trio.registrar import Registrar
     from mythos_trio.session import LiveSession
 
 log = logs.get("delivery")
 
+MESSAGES: Final = "/api/messages"
 # A batch of small messages: the bound of one transaction, with room for JSON's overhead.
 MAX_BODY: Final = 2 << 20
 BODY_SECONDS: Final = 30.0
-COMMIT_SECONDS: Final = 30.0
 # What a POST waits for beyond the handlers that may run before its own.
 ANSWER_SECONDS: Final = 20.0
 
@@ -60,6 +62,15 @@ class _Item:
     message: PublisherMessage
     id: str
     digest: bytes | None
+
+
+@frozen
+class _Publication:
+    """What one request publishes. *key*: its ``Idempotency-Key``."""
+
+    items: list[_Item]
+    key: str | None
+    is_batch: bool
 
 
 class PostAsker:
@@ -103,19 +114,61 @@ class Posts:
                 headers=self._access.cors_headers(head),
             )
             return False
-        cors = self._access.cors_headers(head)
-        server_id = self._context.hub.server_id
         try:
             status, answer = await self._route(head, visitor, body)
-            keep = self._keeps(head)
-            data = http1.response(status, answer, headers=cors, keep_alive=keep, server_id=server_id)
+            data, keep = self._answered(head, status, answer)
         except Refusal as refusal:
-            self._count(refusal, visitor)
-            now = self._context.clock.now()
-            keep = self._keeps(head)
-            data = http1.refused(refusal, now=now, server_id=server_id, headers=cors, keep_alive=keep)
+            data, keep = self._refused(head, visitor, refusal)
         await link.send_all(data)
         return keep
+
+    def take(self, head: Head, visitor: Visitor, body: bytes, asker: Asker) -> bool:
+        """Have a publication stored, and *asker* told the answer then: no task waits for it. False: nothing has
+        been done, since it is none, or there is no room."""
+        dispatcher = self._context.dispatcher
+        if head.path != MESSAGES or self._context.draining or not dispatcher.has_room:
+            return False
+        try:
+            publication = self._check_publication(head, visitor, body)
+        except Refusal as refusal:
+            asker.answer(*self._refused(head, visitor, refusal))
+            return True
+
+        def stored(submission: Submission) -> None:
+            try:
+                asker.answer(*self._stored(head, visitor, publication, submission))
+            except Exception as error:
+                asker.crashed(error)
+
+        dispatcher.submit_nowait(self._transaction(publication), stored)
+        return True
+
+    def too_late(self, head: Head) -> bytes:
+        """The answer to what was taken and is not stored yet, the last one on its connection."""
+        headers = self._access.cors_headers(head)
+        return http1.refused(
+            _not_stored_yet(), now=self._context.clock.now(), server_id=self._context.hub.server_id, headers=headers
+        )
+
+    def _stored(
+        self, head: Head, visitor: Visitor, publication: _Publication, submission: Submission
+    ) -> tuple[bytes, bool]:
+        try:
+            return self._answered(head, 202, self._receipt(publication, submission))
+        except Refusal as refusal:
+            return self._refused(head, visitor, refusal)
+
+    def _answered(self, head: Head, status: int, body: bytes) -> tuple[bytes, bool]:
+        """The whole answer; whether the connection is kept."""
+        keep, cors = self._keeps(head), self._access.cors_headers(head)
+        server_id = self._context.hub.server_id
+        return http1.response(status, body, headers=cors, keep_alive=keep, server_id=server_id), keep
+
+    def _refused(self, head: Head, visitor: Visitor, refusal: Refusal) -> tuple[bytes, bool]:
+        self._count(refusal, visitor)
+        keep, cors = self._keeps(head), self._access.cors_headers(head)
+        now, server_id = self._context.clock.now(), self._context.hub.server_id
+        return http1.refused(refusal, now=now, server_id=server_id, headers=cors, keep_alive=keep), keep
 
     def _keeps(self, head: Head) -> bool:
         """Whether the connection carries another request. Draining it does not, and the answer must say so:
@@ -130,9 +183,8 @@ class Posts:
     async def _route(self, head: Head, visitor: Visitor, body: bytes) -> tuple[int, bytes]:
         if self._context.draining:
             raise Refusal(ErrorType.SYSTEM, "the server is restarting", status=503, retry_ms=1000)
-        if head.path == "/api/messages":
-            visitor.require_scope("publish")
-            return 202, await self._publish(head, visitor, decode_json(body))
+        if head.path == MESSAGES:
+            return 202, await self._publish(self._check_publication(head, visitor, body))
         player = names.player_id(unquote(head.path.split("/")[3]))
         visitor.require_player(player)
         value = decode_json(body)
@@ -144,7 +196,9 @@ class Posts:
 
     # Publishing.
 
-    async def _publish(self, head: Head, visitor: Visitor, value: object) -> bytes:
+    def _check_publication(self, head: Head, visitor: Visitor, body: bytes) -> _Publication:
+        visitor.require_scope("publish")
+        value = decode_json(body)
         self._check_rate(visitor)
         key = head.header("idempotency-key")
         if key is not None:
@@ -153,18 +207,14 @@ class Posts:
         if not 1 <= len(batch) <= MAX_EFFECTS:
             raise invalid(f"a batch has 1-{MAX_EFFECTS} messages")
         items = [self._item(entry, index, key) for index, entry in enumerate(batch)]
-        transaction = self._transaction(items, key)
-        submission = await self._context.dispatcher.submit(transaction)
+        return _Publication(items, key, isinstance(value, list))
+
+    async def _publish(self, publication: _Publication) -> bytes:
+        submission = await self._context.dispatcher.submit(self._transaction(publication))
         with trio.move_on_after(COMMIT_SECONDS):
-            outcome = raise_if_refused(await submission.wait())
-            answers = self._answers(items, submission, outcome)
-            return wire.encode(answers if isinstance(value, list) else answers[0])
-        raise Refusal(
-            ErrorType.PERSISTENCE,
-            "not stored yet, and it is not known whether it will be: publish it again with the same id",
-            status=503,
-            retry_ms=5000,
-        )
+            await submission.wait()
+            return self._receipt(publication, submission)
+        raise _not_stored_yet()
 
     def _check_rate(self, visitor: Visitor) -> None:
         if self._publishes is None:
@@ -196,21 +246,24 @@ class Posts:
         digest = blake2b(target.encode() + b"\0" + message.digest, digest_size=16).digest()
         return _Item(target, message, id, digest)
 
-    def _transaction(self, items: list[_Item], key: str | None) -> Transaction:
+    def _transaction(self, publication: _Publication) -> Transaction:
         timestamp = rfc3339(self._context.clock.now())
-        transaction = Transaction()
-        for item in items:
-            said = item.message
-            body = make_body(item.id, said.type, said.content, timestamp, said.fields)
-            transaction.effects.append(Append(item.target, item.id, body, item.digest))
+        items, key = publication.items, publication.key
+        transaction = Transaction(
+            [Append(item.target, item.id, item.message.body(item.id, timestamp), item.digest) for item in items]
+        )
         if key is not None:
             digests = b"".join(item.target.encode() + item.message.digest for item in items)
             transaction.request = Request(key, blake2b(digests, digest_size=16).digest())
         return transaction
 
-    def _answers(self, items: list[_Item], submission: Submission, outcome: Committed) -> list[dict[str, Any]]:
+    def _receipt(self, publication: _Publication, submission: Submission) -> bytes:
+        """What the publisher is told when *submission* is settled; a refusal, if that is what became of it."""
+        if submission.outcome is None:
+            raise RuntimeError("a publication is answered that is not settled")
+        outcome = raise_if_refused(submission.outcome)
         answers = []
-        for index, item in enumerate(items):
+        for index, item in enumerate(publication.items):
             answer: dict[str, Any] = {
                 "id": item.id,
                 "seq": outcome.seqs[index],
@@ -221,7 +274,7 @@ class Posts:
                 answer["duplicate"] = True
                 log.info("Duplicate message detected", message_id=item.id, seq=outcome.seqs[index])
             answers.append(answer)
-        return answers
+        return wire.encode(answers if publication.is_batch else answers[0])
 
     # Commands and acknowledgements.
 
@@ -288,6 +341,15 @@ class Posts:
             )
         connection.post_at = trio.current_time()
         return connection
+
+
+def _not_stored_yet() -> Refusal:
+    return Refusal(
+        ErrorType.PERSISTENCE,
+        "not stored yet, and it is not known whether it will be: publish it again with the same id",
+        status=503,
+        retry_ms=5000,
+    )
 
 
 def longest_request(settings: Settings) -> float:

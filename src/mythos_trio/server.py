@@ -32,14 +32,16 @@ from mythos_trio.config import Settings, sqlite_path
 from mythos_trio.core.errors import DRAIN, ErrorType
 from mythos_trio.core.rates import return_ms
 from mythos_trio.dispatcher import Dispatcher, Failure
-from mythos_trio.front import HEAD_SECONDS, IDLE_SECONDS, Front
+from mythos_trio.front import HEAD_SECONDS, Front
 from mythos_trio.game import Game, load_game
 from mythos_trio.handlers import Background, Context, GameRunner, WorldTimers
 from mythos_trio.handover import Notifier
 from mythos_trio.hub import Hub
+from mythos_trio.kept import IDLE_SECONDS
 from mythos_trio.ledger import Bounds, Ledger
 from mythos_trio.monitor import Monitor, Stage
 from mythos_trio.net import Listener, open_listeners
+from mythos_trio.poller import Poller
 from mythos_trio.posts import Posts, longest_request
 from mythos_trio.registrar import Registrar
 from mythos_trio.seams import Clock, Randomness, SystemClock, SystemRandomness
@@ -53,6 +55,7 @@ from mythos_trio.websocket import WebSocketTransport
 if TYPE_CHECKING:
     from mythos_trio.access import Visitor
     from mythos_trio.http1 import Head
+    from mythos_trio.kept import Asker
     from mythos_trio.link import Link
 
 log = logs.get("server")
@@ -102,6 +105,12 @@ class Handlers:
     async def post(self, link: Link, head: Head, visitor: Visitor) -> bool:
         return await self._posts.serve(link, head, visitor)
 
+    def take_post(self, head: Head, visitor: Visitor, body: bytes, asker: Asker) -> bool:
+        return self._posts.take(head, visitor, body, asker)
+
+    def too_late(self, head: Head) -> bytes:
+        return self._posts.too_late(head)
+
 
 class Server:
     """One server process. The seams come in here, so that tests can run it whole in virtual time."""
@@ -145,6 +154,7 @@ class Server:
         self.registrar = Registrar(self.context)
         self.streams = Streams(self.context, self.registrar, self.access)
         self.ledger = Ledger(self.hub)
+        self.poller = Poller()
         self.checker = Checker(self.context, self.registrar, self._failures, self.ledger.look)
         self.monitor: Monitor | None = None
         self.front: Front | None = None
@@ -198,6 +208,7 @@ class Server:
             self.ledger.nursery = nursery
             nursery.start_soon(self.dispatcher.write_forever, name="writer")
             nursery.start_soon(self.dispatcher.dispatch_forever, name="dispatcher")
+            await nursery.start(self.poller.run, name="poller")
             await nursery.start(self.registrar.run, name="registrar")
             await nursery.start(self.streams.run, name="streams")
             nursery.start_soon(monitor.watch, name="monitor")
@@ -245,6 +256,7 @@ class Server:
             clock=self.clock,
             statistics=self.statistics,
             ledger=self.ledger,
+            poller=self.poller,
         )
 
     # Stopping.

@@ -35,16 +35,22 @@ _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 class PublisherMessage:
     """A publisher's message that may be stored.
 
-    *id* is None if the publisher chose none. *fields* are all others than ``type``, ``content``, ``id``
-    and ``timestamp``. *digest* is of everything but the id and the timestamp: 16 bytes, the same for
-    a retry, and another one for another message.
+    *id* is None if the publisher chose none. *said* is everything but the id and the timestamp, *json* what that is
+    written as.
     """
 
     id: str | None
-    type: str
-    content: Any
-    fields: Mapping[str, Any]
-    digest: bytes = field(repr=False)
+    said: Mapping[str, Any]
+    json: bytes = field(repr=False)
+
+    @property
+    def digest(self) -> bytes:
+        """Of *said*: 16 bytes, the same for a retry, and another one for another message."""
+        return blake2b(_encode_sorted(self.said), digest_size=16).digest()
+
+    def body(self, id: str, timestamp: str) -> bytes:
+        """The stored JSON, as of `make_body`."""
+        return b'{"id":%b,"timestamp":"%b",%b' % (_encode(id), timestamp.encode(), self.json[1:])
 
 
 def check_message(message: object, max_bytes: int) -> PublisherMessage:
@@ -55,24 +61,21 @@ def check_message(message: object, max_bytes: int) -> PublisherMessage:
     """
     if not isinstance(message, dict):
         raise invalid('a message is an object: {"type": …, "content": …}', field="message")
-    for name in SERVER_FIELDS & message.keys():
+    if not SERVER_FIELDS.isdisjoint(message):
+        name = min(SERVER_FIELDS & message.keys())
         raise invalid(f"{name!r} is the server's to set", field=name)
     if "content" not in message:
         raise invalid("a message needs 'content' (any JSON)", field="content")
-    said = {name: value for name, value in message.items() if name not in ("id", "timestamp")}
-    said["type"] = message_type(message.get("type"))
+    message_type(message.get("type"))
+    said = message.copy()
+    said.pop("id", None)
+    said.pop("timestamp", None)
     if "replace_key" in said:
         replace_key(said["replace_key"])
-    encoded = _encode_sorted(said)
+    encoded = _encode(said)
     if len(encoded) > max_bytes:
         raise invalid(f"the message has {len(encoded)} bytes; at most {max_bytes}", status=413, max_bytes=max_bytes)
-    return PublisherMessage(
-        id=names.message_id(message["id"]) if "id" in message else None,
-        type=said.pop("type"),
-        content=said.pop("content"),
-        fields=said,
-        digest=blake2b(encoded, digest_size=16).digest(),
-    )
+    return PublisherMessage(names.message_id(message["id"]) if "id" in message else None, said, encoded)
 
 
 def message_type(value: object) -> str:

@@ -12,7 +12,8 @@ from contextlib import suppress
 from typing import Final
 
 from mythos_trio.bridge import BODY_SECONDS as APP_BODY_SECONDS
-from mythos_trio.front import HEAD_SECONDS, IDLE_SECONDS, YIELD_AFTER
+from mythos_trio.front import HEAD_SECONDS, YIELD_AFTER
+from mythos_trio.kept import IDLE_SECONDS
 from mythos_trio.link import LINGER_SECONDS
 from mythos_trio.net import FAREWELL_SECONDS, SEND_BUFFER
 from mythos_trio.posts import BODY_SECONDS

@@ -1,0 +1,91 @@
+"""One task that waits for the bytes of many connections, and calls who wants them.
+
+Waiting in a task of its own costs a connection two changes of what the kernel watches and a change of tasks, each
+time that something comes. Here the kernel is told once: an epoll descriptor can itself be awaited, and says then
+which of its sockets can be read. Where there is no epoll, and for wires that are none of the kernel's, a task
+for each wire does the same.
+"""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+if TYPE_CHECKING:
+    from mythos_trio.net import Wire
+
+# Wires that are told in one turn of the event loop; the kernel goes round among those that can be read.
+SLICE: Final = 64
+
+
+class Poller:
+    """See the module's docstring. What is called must not raise: it would end the server."""
+
+    def __init__(self) -> None:
+        self._called: dict[int, Callable[[], None]] = {}
+        self._tasks: dict[Wire, trio.CancelScope] = {}
+        self._nursery: trio.Nursery | None = None
+        self._epoll: select.epoll | None = None
+
+    def watch(self, wire: Wire, readable: Callable[[], None]) -> None:
+        """Call *readable* whenever something can be received, or the wire is broken, until `forget`.
+
+        It is called again as long as that has not been received.
+        """
+        number = wire.fileno()
+        if self._epoll is not None and number >= 0:
+            self._epoll.register(number, select.EPOLLIN)
+            self._called[number] = readable
+        elif self._nursery is not None:
+            scope = self._tasks[wire] = trio.CancelScope()
+            self._nursery.start_soon(_watch, wire, readable, scope)
+
+    def forget(self, wire: Wire) -> None:
+        """Before the wire is closed. Idempotent."""
+        scope = self._tasks.pop(wire, None)
+        if scope is not None:
+            scope.cancel()
+        elif self._called.pop(wire.fileno(), None) is not None and self._epoll is not None:
+            self._epoll.unregister(wire.fileno())
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until it is cancelled; what is watched then is forgotten."""
+        async with trio.open_nursery() as self._nursery:
+            try:
+                if not hasattr(select, "epoll"):
+                    task_status.started()
+                    await trio.sleep_forever()
+                self._epoll = select.epoll()
+                task_status.started()
+                await self._poll(self._epoll)
+            finally:
+                self._nursery = None
+                self._close()
+
+    async def _poll(self, epoll: select.epoll) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(epoll)
+            for number, _ in epoll.poll(0, SLICE):
+                # One that was called before it may have ended it.
+                readable = self._called.get(number)
+                if readable is not None:
+                    readable()
+
+    def _close(self) -> None:
+        self._called.clear()
+        if self._epoll is not None:
+            trio.lowlevel.notify_closing(self._epoll)
+            self._epoll.close()
+            self._epoll = None
+
+
+async def _watch(wire: Wire, readable: Callable[[], None], scope: trio.CancelScope) -> None:
+    with scope, suppress(trio.ClosedResourceError):
+        while not scope.cancel_called:
+            await wire.wait_readable()
+            if not scope.cancel_called:  # it may have been forgotten since
+                readable()
