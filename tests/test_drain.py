@@ -87,9 +87,17 @@ async def test_who_is_being_let_in_is_told_too(tmp_path: Path, autojump_clock: M
         ann.close()
         await trio.sleep(1)
         disk.read_seconds = 0.8
-        for late in (await world.websocket("ann", "position=1-1"), await world.sse("ann", "position=1-1")):
-            if isinstance(late, WebSocketClient):
-                world.server.stop()
+        late: WebSocketClient | SSEClient
+
+        async def stop_meanwhile() -> None:
+            await trio.sleep(0.4)
+            world.server.stop()
+
+        for connect in (world.websocket, world.sse):
+            async with trio.open_nursery() as nursery:
+                if connect == world.websocket:
+                    nursery.start_soon(stop_meanwhile)
+                late = await connect("ann", "position=1-1")
             said = await late.until_over()
             assert said is not None
             assert (said["code"], said["reconnect"]) == (4000, True)

@@ -230,7 +230,7 @@ async def test_a_link_that_is_not_closed_is_a_leak(
     tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forgotten: list[Any] = []
-    monkeypatch.setattr(Streams, "_linger", lambda self, link: forgotten.append(link))
+    monkeypatch.setattr(Streams, "_linger", lambda self, link, *, left: forgotten.append(link))
     async with play(tmp_path / "m.db", game=Puppet()) as world:
         client = await world.websocket("ann")
         await client.until_type("welcome")

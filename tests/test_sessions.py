@@ -110,7 +110,6 @@ async def test_a_visit_of_an_instant_gives_a_full_grace_too(tmp_path: Path, auto
         ann.close()
         await trio.sleep(50)
         session, connection = world.server.hub.sessions["ann"], cast(Any, Instant())
-        session.arriving += 1
         session.attach(connection)
         session.detach(connection)
         await trio.sleep(50)

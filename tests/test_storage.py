@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from mythos_trio.core.position import Epoch
 from mythos_trio.core.transaction import (
+    Admit,
     Append,
     Begin,
     Committed,
@@ -199,6 +200,55 @@ def test_a_session_begins_and_ends_once(store: Bench) -> None:
     assert store.db.last_seen("bob") == 0
     assert [row.session_id for row in store.db.sessions("ann", 10)] == ["s2", "s1"]
     assert [row.session_id for row in store.db.sessions(None, 1)] == ["s2"]
+
+
+def admit(player_id: str, wanted: str | None, new_id: str, mail_from: int = 0) -> Transaction:
+    return Transaction(admit=Admit(player_id, wanted, new_id, mail_from, "absent", "join"))
+
+
+def test_an_admission_begins_the_first_session_and_joins_the_current_one(store: Bench) -> None:
+    store.say("@ann")
+    store.now += 5
+    # In one batch: who comes second joins what the first has begun.
+    begun, joined, named, other = store.try_(
+        admit("ann", None, "s1"), admit("ann", None, "s9"), admit("ann", "s1", "s9"), admit("ann", "s2", "s9")
+    )
+    assert isinstance(begun, Committed)
+    assert begun.begun
+    assert begun.session == store.db.current_session("ann")
+    assert begun.session is not None
+    assert (begun.session.session_id, begun.session.start, begun.session.state) == ("s1", begun.last, "online")
+    assert (begun.session.told, begun.session.owed, begun.session.created_at) == ("absent", "join", NOW + 5)
+    for outcome in (joined, named):
+        assert isinstance(outcome, Committed)
+        assert (outcome.session, outcome.begun, outcome.last) == (begun.session, False, begun.last)
+    assert isinstance(other, Refused)
+    assert (other.reason, other.session) == (Reason.OTHER, None)
+    store.join("room")
+    again = store.commit(admit("ann", None, "s9")).session
+    assert again is not None
+    assert again.channels == ("room",)
+
+
+def test_an_admission_after_a_session_has_ended(store: Bench) -> None:
+    store.begin("ann", "s1")
+    store.db.note(Notes({("ann", "s1"): 7}, (), (), {}))
+    store.do(End("ann", "s1", "removed"))
+    refused = store.refuse(admit("ann", "s1", "s9"), Reason.ENDED)
+    assert refused.session == store.db.find_session("ann", "s1")
+    before = store.commit(Transaction([Append("@bob", "x", b"{}")])).last
+    store.now -= 3600
+    row = store.commit(admit("ann", None, "s2", mail_from=3)).session
+    assert row is not None
+    # Its mail goes on where the last session has seen it; its number is the next one; it is the newest also though
+    # the clock was set back.
+    assert (row.session_id, row.mail_from, row.seen, row.start) == ("s2", 7, 7, before + 1)
+    assert row == store.db.current_session("ann")
+    assert max(store.db.sessions("ann", 10), key=lambda r: r.created_at) == row
+    store.do(End("ann", "s2", "removed"))
+    assert store.commit(admit("ann", "s3", "s9", mail_from=9)).session == store.db.current_session("ann")
+    # That it has ended counts more than that another one is current.
+    store.refuse(admit("ann", "s1", "s9"), Reason.ENDED)
 
 
 def test_the_newest_time_is_the_current_session_also_when_the_clock_was_set_back(store: Bench) -> None:

@@ -14,7 +14,7 @@ connections carry it at the same time. The map, from the outside in:
 ``posts``                                 publishing, commands and acknowledgements by POST
 ``bridge``, ``api``, ``monitor``          Hypercorn and the Quart-Trio app: the API and the monitoring pages
 ``registrar``, ``session``, ``handlers``  who is in which session; the player's nursery; the game's handlers
-``timers``                                the game's timers that run now
+``timers``, ``grace``                     the game's timers that run now; the grace times of who is link-dead
 ``dispatcher``, ``hub``                   from a transaction to what it means in memory
 ``rounds``, ``connection``                from there to the bytes on each connection
 ``ledger``, ``explain``                   what runs, and whose it is; what became of a message

@@ -31,6 +31,7 @@ from mythos_trio.core.transaction import (
 from mythos_trio.dispatcher import refusal_of
 from mythos_trio.game import WORLD, CommandError, Game, GameError, Gathering, Health, Player, World
 from mythos_trio.game import Presence as PresenceText
+from mythos_trio.grace import Graces
 from mythos_trio.storage import SessionRow
 from mythos_trio.timers import TimerClock
 
@@ -110,6 +111,7 @@ class Context:
     clock: Clock
     randomness: Randomness
     turns: Turns = field(factory=Turns)
+    graces: Graces = field(init=False)
     unheard: frozenset[Owed] = field(init=False)
     """The handlers of presence that the game does not have."""
     draining: bool = False
@@ -119,6 +121,10 @@ class Context:
     handlers: dict[trio.CancelScope, trio.lowlevel.Task] = field(factory=dict)
     """The handlers that run now, and in which task: a drain cuts them off after a while."""
     _one_ended: trio.Event = field(factory=trio.Event)
+
+    @graces.default
+    def _make_graces(self) -> Graces:
+        return Graces(self.settings.linkdead_grace)
 
     @unheard.default
     def _find_unheard(self) -> frozenset[Owed]:

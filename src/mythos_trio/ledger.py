@@ -58,6 +58,7 @@ PARTS: Final = frozenset(
         "streams",
         "monitor",
         "the world's timers",
+        "grace times",
         "bridge",
         "front door",
         "background of the game",

@@ -288,6 +288,11 @@ class Link(trio.abc.HalfCloseableStream):
             self._let_go()
         self._end(close, by)
 
+    def has_said_all(self) -> bool:
+        """Whether the kernel has all that was sent, and nothing has come that was not received: `close` then loses
+        nothing, if the peer sends nothing more."""
+        return not self.unsent and not self.unread()
+
     async def linger(self, seconds: float = LINGER_SECONDS, limit: int = LINGER_BYTES) -> None:
         """Close so that the peer gets what was sent: tell it that nothing follows, and for *seconds*
         and *limit* bytes at most read and drop what it still sends. (Closing with bytes unread makes the

@@ -1,9 +1,13 @@
 """The registrar: who is in which session. It serialises all changes of one player.
 
-A change (begin, revive, switch, end, expire) runs as a task of the registrar's own nursery, never of
-who asked for it: a client that goes away in the middle of a switch leaves no half of it behind. There is
-at most one change of a player at a time (`_changes`); who needs another one, or only wants to join,
+There is at most one change of a player at a time (`_changes`); who needs another one, or only wants to join,
 waits for it. Every wait has a deadline, after which the asker is told to try again (4009).
+
+Most changes are an admission: a connection comes, and no session of its player lives. The current one goes on, or the
+first one begins, in one trip through the writer (`core.transaction.Admit`), and the session lives from the moment in
+which that is applied. All others (switch, end, expire, and what the store would not admit) run as a task of the
+registrar's own nursery. Neither is a matter of who asked for it: a client that goes away in the middle of a switch
+leaves no half of it behind.
 
 The order of a switch is what keeps two sessions of a player apart: the old one's connections are told,
 its nursery is cancelled *and awaited*, one commit ends it and begins the new one, and only then does the
@@ -23,14 +27,16 @@ from attrs import define, evolve, field, frozen
 from mythos_trio import logs
 from mythos_trio.core.errors import BUSY, REMOVED, REPLACED, Close, ErrorType, Refusal, busy
 from mythos_trio.core.position import Position
-from mythos_trio.core.session import Owed, Presence, State, Told, parse_presence
+from mythos_trio.core.session import Admission, Owed, Presence, State, Told, admission, parse_presence
 from mythos_trio.core.transaction import (
+    Admit,
     Begin,
     Committed,
     Effect,
     End,
     Outcome,
     PresenceMark,
+    Refused,
     Subscribe,
     Transaction,
     Unsubscribe,
@@ -52,6 +58,8 @@ log = logs.get("session")
 JOIN_SECONDS: Final = 10.0
 END_SECONDS: Final = 5.0
 COMMIT_SECONDS: Final = 5.0
+# With a commit that takes longer than this the store is first asked by reading: joining needs no write.
+SLOW_SECONDS: Final = 0.5
 # A browser's own reconnect after its player was removed is turned away for this long.
 REMOVED_SECONDS: Final = 60.0
 CRASHES_A_MINUTE: Final = 3
@@ -63,10 +71,23 @@ class _Change:
     """A change of one player that is under way."""
 
     done: trio.Event = field(factory=trio.Event)
-    late: trio.Event = field(factory=trio.Event)
-    """Set when it takes too long: who waits is told to try again; it goes on by itself."""
+    answered: trio.Event = field(factory=trio.Event)
+    """Set with *done*, or with *late*."""
+    late: bool = False
+    """It takes too long: who waits is told to try again; it goes on by itself."""
     error: Refusal | None = None
     result: object = None
+
+    def tell_late(self) -> None:
+        self.late = True
+        self.answered.set()
+
+    def check(self) -> None:
+        """After the wait for *answered*: raise why it came to nothing, or that it has not come to its end."""
+        if self.error is not None:
+            raise self.error
+        if self.late and not self.done.is_set():
+            raise busy("the store is slow: try again")
 
 
 @frozen
@@ -94,6 +115,11 @@ class Registrar:
         context.switch = self._switch_for_handler
 
     @property
+    def _is_over(self) -> bool:
+        """Whether nothing can be started any more: the server is stopping, hard, or something has crashed."""
+        return self._nursery is None or self._nursery.cancel_scope.cancel_called
+
+    @property
     def _hub(self) -> Hub:
         return self._context.hub
 
@@ -109,8 +135,7 @@ class Registrar:
     async def join(self, player_id: str, wanted: str | None) -> LiveSession:
         """The player's live session: the current one, or a new one, as *wanted* says.
 
-        Its `arriving` has been raised by one for the caller's connection: lower it when that has been
-        attached, or not. Raises a refusal with the close code to tell.
+        It `accepts` connections as long as the caller does not wait. Raises a refusal with the close code to tell.
         """
         with trio.move_on_after(JOIN_SECONDS):
             while True:
@@ -123,10 +148,13 @@ class Registrar:
                 elif session is not None and session.over:
                     await self._wait_finished(session)
                 elif session is not None and wanted in (None, session.session_id):
-                    session.arriving += 1
-                    return session
+                    if session.accepts:
+                        return session
+                    await (self._wait_finished(session) if session.ready.is_set() else session.ready.wait())
+                elif session is None and self._store_is_quick():
+                    await self._admit(player_id, wanted)
                 else:
-                    await self._change(player_id, partial(self._admit, player_id, wanted))
+                    await self._change(player_id, partial(self._let_in, player_id, wanted, None))
         raise busy("the player's session is being changed: try again")
 
     async def switch(self, player_id: str, session_id: str | None) -> SwitchResult:
@@ -205,8 +233,8 @@ class Registrar:
 
     async def _wait_change(self, player_id: str) -> None:
         change = self._changes[player_id]
-        await _either(change.done, change.late)
-        if not change.done.is_set():
+        await change.answered.wait()
+        if change.late and not change.done.is_set():
             raise busy("the player's session is being changed, and the store is slow: try again")
 
     async def _wait_finished(self, session: LiveSession) -> None:
@@ -231,18 +259,24 @@ class Registrar:
 
     async def _change(self, player_id: str, act: Callable[[_Change], Awaitable[object]]) -> object:
         """Run *act* as the player's one change and wait for it."""
-        if self._nursery is not None and self._nursery.cancel_scope.cancel_called:
+        change = self._begin_change(player_id)
+        self._start(self._run_change, player_id, change, act)
+        await change.answered.wait()
+        change.check()
+        return change.result
+
+    def _begin_change(self, player_id: str) -> _Change:
+        if self._is_over:
             # Something in it has crashed. Who waits would begin one change after the other, and the nursery, and
             # with it the process, could never end.
             raise draining()
         change = self._changes[player_id] = _Change()
-        self._start(self._run_change, player_id, change, act)
-        await _either(change.done, change.late)
-        if change.error is not None:
-            raise change.error
-        if not change.done.is_set():
-            raise busy("the store is slow: try again")
-        return change.result
+        return change
+
+    def _end_change(self, player_id: str, change: _Change) -> None:
+        del self._changes[player_id]
+        change.done.set()
+        change.answered.set()
 
     async def _run_change(self, player_id: str, change: _Change, act: Callable[[_Change], Awaitable[object]]) -> None:
         try:
@@ -250,43 +284,130 @@ class Registrar:
         except Refusal as refusal:
             change.error = refusal
         finally:
-            del self._changes[player_id]
-            change.done.set()
+            self._end_change(player_id, change)
 
     def _start(self, function: Callable[..., Awaitable[None]], *args: object) -> None:
         if self._nursery is None:
             raise RuntimeError("the registrar does not run")
         self._nursery.start_soon(function, *args)
 
-    # The changes.
+    # Admissions.
 
-    async def _admit(self, player_id: str, wanted: str | None, change: _Change) -> None:
-        """Let a connection in: revive the current session, begin the first one, or switch."""
+    def _store_is_quick(self) -> bool:
+        """Whether the writer is the shortest way. In trouble it is asked last: joining a session needs no write."""
+        storage = self._hub.storage
+        return storage.trouble is None and storage.writing_seconds < SLOW_SECONDS
+
+    async def _admit(self, player_id: str, wanted: str | None) -> None:
+        """Let the current session go on, or begin the first one, in one trip through the writer."""
+        change = self._begin_change(player_id)
+        transaction = Transaction(admit=self._new_admit(player_id, wanted))
+        try:
+            await self._context.dispatcher.wait_room()
+            self._context.dispatcher.submit_nowait(transaction, partial(self._admitted, change))
+        except BaseException:
+            self._end_change(player_id, change)
+            raise
+        try:
+            with trio.move_on_after(COMMIT_SECONDS):
+                await change.answered.wait()
+        finally:
+            if not change.answered.is_set():
+                # It is taken back, if the writer has not begun with it.
+                transaction.abandoned = True
+                change.tell_late()
+        change.check()
+
+    def _new_admit(self, player_id: str, wanted: str | None) -> Admit:
+        presence = self._arrival()
+        return Admit(
+            player_id,
+            wanted,
+            self._context.randomness.token(),
+            self._hub.marked(player_id),
+            presence.told.value,
+            presence.owed_text,
+        )
+
+    def _arrival(self) -> Presence:
+        """What is owed when a session begins with a connection."""
+        return Presence(Told.ABSENT, (Owed.JOIN,)).without(self._context.unheard)
+
+    def _admitted(self, change: _Change, submission: Submission) -> None:
+        """The dispatcher has applied an admission, or the store has refused it. Nothing here waits."""
+        admit, outcome = submission.transaction.admit, submission.outcome
+        assert admit is not None  # for the type checker: `_admit` has made it
+        if self._is_over:
+            change.error = draining()
+            self._end_change(admit.player_id, change)
+        elif isinstance(outcome, Committed) and outcome.session is not None:
+            self._enter(outcome.session, change, begun=outcome.begun)
+        elif isinstance(outcome, Refused) and outcome.session is not None:
+            change.error = ended(outcome.session)
+            self._end_change(admit.player_id, change)
+        elif submission.transaction.abandoned:
+            self._end_change(admit.player_id, change)
+        else:
+            # Another session is current, or the store cannot be written.
+            act = partial(self._let_in, admit.player_id, admit.wanted, outcome)
+            self._start(self._run_change, admit.player_id, change, act)
+
+    def _enter(self, row: SessionRow, change: _Change, *, begun: bool) -> None:
+        """A session that was admitted lives from now on."""
+        previous = None if begun else self._replaced.pop((row.player_id, row.session_id), None)
+        session = LiveSession(row, self._context, complete=begun, previous=previous)
+        if not change.late:
+            # Who has asked is woken when connections can be taken, and not before.
+            session.ready = change.answered
+        del self._changes[row.player_id]
+        change.done.set()
+        self._begin_living(session)
+        if begun:
+            self._tell_begun(row)
+
+    def _tell_begun(self, row: SessionRow) -> None:
+        self._context.statistics.session("created")
+        log.info(
+            "Session begun after session validation: the player had none",
+            player_id=row.player_id,
+            session_id=row.session_id,
+        )
+
+    # The other changes.
+
+    async def _let_in(self, player_id: str, wanted: str | None, refused: Outcome | None, change: _Change) -> None:
+        """Let a connection in where a session has to be replaced, or the store may not be written.
+
+        :param refused: what became of the admission, if there was one.
+        """
         live = self._hub.sessions.get(player_id)
         row = live.row if live else await _reading(self._hub.storage.current_session(player_id))
-        if row is not None and wanted in (None, row.session_id):
-            if live is None:
-                previous = self._replaced.pop((player_id, row.session_id), None)
-                self._begin_living(LiveSession(row, self._context, complete=False, previous=previous))
-            return
-        if wanted is not None:
-            await self._refuse_if_ended(player_id, wanted)
+        over = await self._find_ended(player_id, wanted, row)
+        verdict = admission(wanted, None if row is None else row.session_id, ended=over is not None)
+        if over is not None and verdict is Admission.ENDED:
+            raise ended(over)
         new_id = wanted or self._context.randomness.token()
         if row is None:
+            if refused is not None:
+                _stored(refused)  # what has kept the writer from it would keep it from this
             await self._begin(player_id, new_id, change)
-        else:
+        elif verdict is Admission.SWITCH:
             await self._replace(row, live, new_id, change, with_connection=True)
+        elif live is None:
+            previous = self._replaced.pop((player_id, row.session_id), None)
+            self._begin_living(LiveSession(row, self._context, complete=False, previous=previous))
 
-    async def _refuse_if_ended(self, player_id: str, session_id: str) -> None:
-        """An id that has ended never begins again."""
-        found = await _reading(self._hub.storage.find_session(player_id, session_id))
-        if found is not None and found.ended_at is not None:
-            raise ended(found)
+    async def _find_ended(self, player_id: str, wanted: str | None, current: SessionRow | None) -> SessionRow | None:
+        """The session of the id that is wanted, if it has ended: an id that has ended never begins again."""
+        if wanted is None or (current is not None and current.session_id == wanted):
+            return None
+        found = await _reading(self._hub.storage.find_session(player_id, wanted))
+        return None if found is None or found.ended_at is None else found
 
     async def _begin(self, player_id: str, session_id: str, change: _Change) -> None:
         """The player's first session, or the first after the last one was removed or expired."""
         mail_from = await self._mail_from(player_id)
-        presence = Presence(Told.ABSENT, (Owed.JOIN,))
+        presence = self._arrival()
         transaction = Transaction(
             effects=[Begin(player_id, session_id, mail_from)],
             presence=[_mark(player_id, session_id, State.ONLINE, presence)],
@@ -294,12 +415,7 @@ class Registrar:
         outcome = await self._commit(transaction, change)
         row = self._new_row(player_id, session_id, outcome.seqs[-1], mail_from, presence)
         self._begin_living(LiveSession(row, self._context, complete=True))
-        self._context.statistics.session("created")
-        log.info(
-            "Session begun after session validation: the player had none",
-            player_id=player_id,
-            session_id=session_id,
-        )
+        self._tell_begun(row)
 
     async def _switch_to(self, player_id: str, wanted: str | None, change: _Change) -> SwitchResult:
         """POST …/session: a new session, offline until somebody connects."""
@@ -308,8 +424,8 @@ class Registrar:
         if row is not None and wanted == row.session_id:
             log.info(f"Player {player_id} already in session {wanted}", player_id=player_id, session_id=wanted)
             return SwitchResult(wanted, wanted, 0)
-        if wanted is not None:
-            await self._refuse_if_ended(player_id, wanted)
+        if (over := await self._find_ended(player_id, wanted, row)) is not None:
+            raise ended(over)
         new_id = wanted or self._context.randomness.token()
         if row is not None:
             count = await self._replace(row, live, new_id, change, with_connection=False)
@@ -330,9 +446,9 @@ class Registrar:
             count = len(live.connections)
             row = await self._stop(live, change, REPLACED, by="server", reason="switched")
         seen = max(row.seen, self._hub.marked(player_id, row.session_id))
-        presence = Presence(Told.ABSENT, (Owed.JOIN,)) if with_connection else Presence()
+        presence = self._arrival() if with_connection else Presence()
         state = State.ONLINE if with_connection else State.OFFLINE
-        leave = parse_presence(row.told, row.owed).left()
+        leave = parse_presence(row.told, row.owed).left().without(self._context.unheard)
         transaction = Transaction(
             effects=[End(player_id, row.session_id, "switched"), Begin(player_id, new_id, seen)],
             presence=[
@@ -388,7 +504,7 @@ class Registrar:
         return True
 
     async def _end_row(self, row: SessionRow, live: LiveSession | None, reason: str, change: _Change) -> Presence:
-        leave = parse_presence(row.told, row.owed).left()
+        leave = parse_presence(row.told, row.owed).left().without(self._context.unheard)
         transaction = Transaction(
             effects=[End(row.player_id, row.session_id, reason)],
             presence=[_mark(row.player_id, row.session_id, State.ENDED, leave)],
@@ -444,7 +560,7 @@ class Registrar:
         if live.finished.is_set():
             # A handler's commit is under way. Its outcome decides what is owed, so it is waited for;
             # then the session stays.
-            change.late.set()
+            change.tell_late()
             await live.settle()
             self._stay(live)
             raise busy("the store is slow: try again")
@@ -470,7 +586,7 @@ class Registrar:
         with trio.move_on_after(COMMIT_SECONDS):
             return _stored(await submission.wait())
         transaction.abandoned = True
-        change.late.set()
+        change.tell_late()
         return await self._wait_late(submission)
 
     async def _wait_late(self, submission: Submission) -> Committed:
@@ -621,15 +737,3 @@ async def _reading(reading: Awaitable[T]) -> T:
         return await reading
     except StoreError as error:
         raise Refusal(ErrorType.PERSISTENCE, str(error), status=503, close=BUSY, retry_ms=2000) from None
-
-
-async def _either(first: trio.Event, second: trio.Event) -> None:
-    """Wait for one of two events."""
-    async with trio.open_nursery() as nursery:
-
-        async def wait(event: trio.Event) -> None:
-            await event.wait()
-            nursery.cancel_scope.cancel()
-
-        nursery.start_soon(wait, first)
-        nursery.start_soon(wait, second)

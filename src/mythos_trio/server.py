@@ -212,6 +212,7 @@ class Server:
             await nursery.start(self.registrar.run, name="registrar")
             await nursery.start(self.streams.run, name="streams")
             nursery.start_soon(monitor.watch, name="monitor")
+            nursery.start_soon(self.context.graces.run, name="grace times")
             nursery.start_soon(WorldTimers(self.context).run, name="the world's timers")
             for loop in self.checker.loops():
                 nursery.start_soon(loop, name=f"health checker: {loop.__name__}")

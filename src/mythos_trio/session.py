@@ -12,7 +12,7 @@ is no longer the session's: it is committed and delivered even if the session is
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -90,12 +90,12 @@ class LiveSession:
     # Without a dictionary: a player costs 1.2 KiB less, and a round touches less memory.
     __slots__ = (
         "__weakref__",
-        "_arrived",
         "_clock",
         "_commands",
         "_context",
         "_deliveries",
         "_due",
+        "_grace_over",
         "_hub",
         "_leave_reason",
         "_log",
@@ -105,7 +105,6 @@ class LiveSession:
         "_paying",
         "_scope",
         "_told_index",
-        "_visits",
         "_working",
         "arriving",
         "channels",
@@ -161,7 +160,7 @@ class LiveSession:
         self.why: Why | None = None
         self.fresh = complete  # it has begun now, and nobody has been connected yet
         self.over = False  # it takes no more connections
-        self.arriving = 0  # connections that have been admitted and are not attached yet
+        self.arriving = 0  # connections that have been admitted, and wait for the store before they are attached
         self.nursery: trio.Nursery | None = None
         self._context = context
         self._hub = context.hub
@@ -173,9 +172,8 @@ class LiveSession:
         self._leave_reason = "linkdead"
         # `on_leave` of the player's former session, if that is still being run: all handlers come after it.
         self.comes_after: trio.Event | None = None
-        self._arrived = trio.Event()
+        self._grace_over = trio.Event()
         self._paid: trio.Event | None = None
-        self._visits = 0  # connections that have been attached
         self._paying: Submission | None = None
         self._note_after_paying = False
         self._noted_state = State(row.state)
@@ -224,6 +222,7 @@ class LiveSession:
                     self._clock.open()
                     self.ready.set()
                     self._start_working()
+                    self._begin_grace()
                     await self._live()
                     self.why = Why.OFFLINE
                     nursery.cancel_scope.cancel()
@@ -247,6 +246,7 @@ class LiveSession:
             for connection in list(self.connections.values()):
                 connection.end(close)
                 self.detach(connection)
+            self._context.graces.end(self)
             self._abandon_commands()
             self.why = self.why or Why.ENDED
             self.ready.set()
@@ -255,20 +255,23 @@ class LiveSession:
     async def _live(self) -> None:
         """Until the player has been link-dead for the whole grace time and the game knows it."""
         while True:
-            while self.online or self.arriving:
-                await self._wait_change()
-            visits = self._visits
-            with trio.move_on_after(self._context.settings.linkdead_grace) as grace:
-                # A connection may have come and gone before this task has run: the grace begins again.
-                while not self.online and self._visits == visits:
-                    await self._wait_change()
-            waited = grace.cancelled_caught and self._visits == visits
-            if waited and not self.arriving and await self._leave():
+            await self._grace_over.wait()
+            self._grace_over = trio.Event()
+            # A connection may have come, and gone, before this task has run: the grace begins again.
+            if self.online or self.arriving or self._context.graces.has(self):
+                continue
+            if await self._leave():
                 return
+            self._begin_grace()
 
-    async def _wait_change(self) -> None:
-        self._arrived = trio.Event()
-        await self._arrived.wait()
+    def _begin_grace(self) -> None:
+        """The grace time runs from now on, if nobody is there."""
+        if not self.online and not self.arriving and not self.over and self.nursery is not None:
+            self._context.graces.begin(self)
+
+    def grace_over(self) -> None:
+        """It has been link-dead for the whole grace time."""
+        self._grace_over.set()
 
     async def _leave(self) -> bool:
         """Offline, if the game could be told; False if the store refused, or a drain has begun (then no
@@ -311,32 +314,33 @@ class LiveSession:
 
     # Connections.
 
-    async def adopt(self, function: Callable[..., Awaitable[None]], *args: object, name: str) -> bool:
-        """Run a connection's task in the player's nursery; False if the session has ended meanwhile."""
-        await self.ready.wait()
-        if self.over or self.nursery is None or self.nursery.cancel_scope.cancel_called:
-            return False  # the last: it has crashed, and has not come to its end yet
-        self.nursery.start_soon(function, *args, name=name)
-        return True
+    @property
+    def accepts(self) -> bool:
+        """Whether connections can be attached, and their tasks started, in this moment."""
+        # The last: it has crashed, and has not come to its end yet.
+        return not self.over and self.nursery is not None and not self.nursery.cancel_scope.cancel_called
 
-    def departed(self) -> None:
-        """A connection that was arriving will not be attached."""
-        self.arriving -= 1
-        self._arrived.set()
+    @contextlib.contextmanager
+    def awaiting(self) -> Iterator[None]:
+        """A connection has been admitted, and waits for something before it is attached: no grace ends meanwhile."""
+        self.arriving += 1
+        try:
+            yield
+        finally:
+            self.arriving -= 1
+            self._begin_grace()
 
     def attach(self, connection: Connection) -> None:
         """A connection has been accepted: from now on it reads the log."""
         self.state = after(self.state, Happening.ATTACH)
-        self._visits += 1
+        self._context.graces.end(self)
         if self._log is None:
             self._log = self._hub.begin_log(self)
-        self.arriving -= 1
         self.fresh = False
         self.connections[connection.id] = connection
         self._hub.connections[connection.id] = connection
         connection.attached = True
         self._owe(self.presence.arrived())
-        self._arrived.set()
 
     def detach(self, connection: Connection) -> None:
         """A connection is gone. Only this session is touched, and only if it was attached here."""
@@ -353,7 +357,7 @@ class LiveSession:
             self.state = after(self.state, Happening.LAST_DETACH)
         if not self.over and not self._context.draining:
             self._owe(self.presence.lost())
-        self._arrived.set()
+        self._begin_grace()
 
     def saw(self, seq: int) -> None:
         """Everything up to *seq* has surely arrived at a client."""

@@ -42,11 +42,10 @@ class SSETransport:
         self._clock = clock
         self._server_id = server_id
 
-    async def open(self, link: Link, head: Head) -> SSEChannel:
-        await link.send_all(self._head(head))
+    def channel(self, link: Link) -> SSEChannel:
         return SSEChannel()
 
-    def _head(self, head: Head) -> bytes:
+    def opening(self, head: Head) -> bytes:
         """The answer's head. No length and no chunks: the stream ends with the connection (RFC 9112,
         section 6.3). Proxies are asked not to gather and not to compress."""
         headers = [
@@ -70,7 +69,7 @@ class SSETransport:
         if close.reconnect:
             retry_ms = RETRY_MS if refusal.retry_ms is None else refusal.retry_ms
             words = wire.sse_event(wire.disconnect(close, retry_ms), None, retry_ms=retry_ms)
-            link.last_words(self._head(head) + words, close)
+            link.last_words(self.opening(head) + words, close)
             await link.linger()
         else:
             await self.gone(link, head)

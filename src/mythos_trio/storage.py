@@ -22,6 +22,7 @@ from attrs import define, field, frozen
 
 from mythos_trio.core.data import Value
 from mythos_trio.core.position import Epochs
+from mythos_trio.core.session import SessionRow as SessionRow  # a part of this interface
 from mythos_trio.core.transaction import Answer, Append, Committed, Outcome, Reason, Refused, SetTimer, Transaction
 from mythos_trio.seams import Clock
 
@@ -39,30 +40,6 @@ class StoreError(Exception):
 
 class StoreUnusable(Exception):
     """The store cannot be opened at all: held by another process, not ours, too new. Exit code 4."""
-
-
-@frozen
-class SessionRow:
-    """A stored session. Times are POSIX seconds."""
-
-    player_id: str
-    session_id: str
-    start: int
-    """Its number in the order; messages to everyone with larger numbers are its own."""
-    mail_from: int
-    """Messages to the player with larger numbers are its own."""
-    seen: int
-    lost: int
-    """The newest number among closed intervals that are gone for good (see `Interval.lost`)."""
-    state: str
-    told: str
-    owed: str
-    created_at: float
-    last_online: float
-    ended_at: float | None = None
-    end_reason: str | None = None
-    channels: tuple[str, ...] = ()
-    """Open subscriptions, in the order of their numbers."""
 
 
 @frozen

@@ -1,8 +1,10 @@
 """A connection's life, the same on both transports: let in, start, read, end.
 
-The front door's task asks the registrar for the player's session and hands the link over: from then on
-everything of the connection runs in the player's nursery (`Streams._live`), and ends with it. What must
-outlive it by a moment, the wait for the peer to take the last words, is done in `Streams.run`'s nursery.
+The front door's task asks the registrar for the player's session, attaches the connection to it and says the first
+words: the handshake's answer and the welcome, in one go. It hands the link over in the same step: from then on
+everything of the connection runs in the player's nursery (`Streams._live`), and ends with it. So until the first word
+nothing has happened, and a client can still be turned down as its transport does that. What must outlive a connection
+by a moment, the wait for the peer to take the last words, is done in `Streams.run`'s nursery.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
-from attrs import define, field, frozen
+from attrs import frozen
 
 from mythos_trio import logs
 from mythos_trio.access import TokenError
@@ -77,8 +79,12 @@ class Transport(Protocol):
     @property
     def framing(self) -> Framing: ...
 
-    async def open(self, link: Link, head: Head) -> Channel:
-        """Accept the connection."""
+    def opening(self, head: Head) -> bytes:
+        """The answer that accepts the connection."""
+        ...
+
+    def channel(self, link: Link) -> Channel:
+        """Of a connection that has been accepted."""
         ...
 
     async def refuse(self, link: Link, head: Head, refusal: Refusal) -> None:
@@ -99,34 +105,17 @@ class Wish:
     replaces: str | None
 
 
-class StartOver(Exception):
-    """The session has ended between join and attach."""
-
-
-@define(eq=False)
+@frozen
 class _Arrival:
-    """A connection that is being let in."""
+    """A connection that is being let in. *began*: `trio.current_time`."""
 
     link: Link
-    head: Head | None
-    """Forgotten when the connection is there: it lives as long as that, and a head is some KiB."""
+    head: Head
     visitor: Visitor
     player_id: str
     wish: Wish
     transport: Transport
     began: float
-    over: trio.Event = field(factory=trio.Event)
-    answering: bool = False
-    """The handshake has begun: the request's bytes have been used."""
-    start_over: bool = False
-    refusal: Refusal | None = None
-    """Why it is not let in: the front door's task says so."""
-
-    async def open(self) -> Channel:
-        assert self.head is not None  # for the type checker: it is opened once
-        channel = await self.transport.open(self.link, self.head)
-        self.head = None
-        return channel
 
 
 class Streams:
@@ -175,9 +164,8 @@ class Streams:
         try:
             wish = self._wish(head, visitor, player)
             arrival = _Arrival(link, head, visitor, player, wish, transport, began)
-            while not await self._hand_over(arrival):
-                arrival.over = trio.Event()
-                arrival.start_over = False
+            while not await self._let_in(arrival, await self._registrar.join(player, wish.session_id)):
+                pass
         except Refusal as refusal:
             self._log_refused(transport, player, visitor.address, refusal)
             await transport.refuse(link, head, refusal)
@@ -219,26 +207,26 @@ class Streams:
                 retry_ms=int(wait * 1000) + 1,
             )
 
-    async def _hand_over(self, arrival: _Arrival) -> bool:
-        """Hand the link to the player's nursery; False if the session ended before it was attached."""
-        session = await self._registrar.join(arrival.player_id, arrival.wish.session_id)
-        try:
-            taken = await session.adopt(
-                self._live, session, arrival, name=f"{arrival.transport.name} of {arrival.player_id}"
-            )
-            if not taken:
-                session.departed()
+    async def _let_in(self, arrival: _Arrival, session: LiveSession) -> bool:
+        """Attach the connection to *session* and say the first words; False if the session has ended meanwhile.
+
+        Waits only if the stream has to be read from the store.
+        """
+        wish = arrival.wish
+        self._check_room(session, wish.replaces)
+        self._replace(session, wish.replaces)
+        resume = self._resume(session, wish.position)
+        chunk = None
+        if self._has_to_be_read(session, resume.after):
+            with session.awaiting():
+                chunk = await self._first_chunk(session, resume.after)
+            if not session.accepts:
                 return False
-        except BaseException:
-            session.departed()
-            raise
-        # From here on `_live` lowers `arriving`. This task waits until the connection is attached, so
-        # that the front door counts it as a handshake under way.
-        with trio.move_on_after(OPEN_SECONDS):
-            await arrival.over.wait()
-        if arrival.refusal is not None:
-            raise arrival.refusal
-        return not arrival.start_over
+            if self._context.draining:  # those that are here have perhaps been told to go already
+                raise self._draining()
+            self._check_room(session, None)
+        self._open(arrival, session, resume, chunk)
+        return True
 
     def _log_refused(self, transport: Transport, player: str, address: str, refusal: Refusal) -> None:
         log.warning(
@@ -252,52 +240,24 @@ class Streams:
 
     # Living: a task of the player's nursery.
 
-    async def _live(self, session: LiveSession, arrival: _Arrival) -> None:
-        """All of one connection's life."""
-        link = arrival.link
-        connection = self._connection(session, arrival)
-        assert session.nursery is not None  # adopt() has just started this task in it
-        link.start = session.nursery.start_soon
-        opened = False
-        channel: Channel | None = None
+    async def _live(self, connection: Connection, channel: Channel, transport: Transport) -> None:
+        """All of one connection's life, from its first words on."""
         try:
             with connection.scope:
-                link.on_end = connection.scope.cancel
-                if link.ended is not None:
-                    return
-                await trio.lowlevel.checkpoint_if_cancelled()
-                try:
-                    self._check_room(session, arrival.wish.replaces)
-                except Refusal as refusal:
-                    # An event stream that has begun cannot be refused any more: a browser would come back.
-                    arrival.refusal = refusal
-                    return
-                arrival.answering = True
-                try:
-                    channel = await arrival.open()
-                    opened = True
-                    with trio.fail_after(OPEN_SECONDS):
-                        await self._begin(connection, session, arrival)
-                    arrival.over.set()
-                    await self._read(channel, connection)
-                except* (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
-                    pass
-                except* StartOver:
-                    connection.end(BUSY, retry_ms=0)
-                except* Refusal as group:
-                    self._turn_down(connection, arrival, group)
+                await self._read(channel, connection)
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
         except* Exception as group:
             log.error(
-                f"Connection error in {arrival.transport.name}",
+                f"Connection error in {transport.name}",
                 error_type=ErrorType.CONNECTION.value,
-                player_id=session.player_id,
+                player_id=connection.player_id,
                 connection_id=connection.id,
                 exc_info=group,
             )
-            if opened:
-                connection.end(FAULT)
+            connection.end(FAULT)
         finally:
-            self._finish(connection, session, arrival, channel, opened)
+            self._finish(connection, channel, transport)
 
     async def _read(self, channel: Channel, connection: Connection) -> None:
         """Take what the client says until it leaves. A crash of the session cuts it off."""
@@ -307,14 +267,6 @@ class Streams:
             if connection.link.ended is None:
                 connection.end(FAULT)
             raise
-
-    def _turn_down(self, connection: Connection, arrival: _Arrival, group: BaseExceptionGroup[Refusal]) -> None:
-        refusal = group.exceptions[0]
-        while isinstance(refusal, BaseExceptionGroup):
-            refusal = refusal.exceptions[0]
-        assert isinstance(refusal, Refusal)  # of a group of refusals
-        self._log_refused(arrival.transport, arrival.player_id, arrival.visitor.address, refusal)
-        connection.end(refusal.close or BUSY, retry_ms=refusal.retry_ms)
 
     def _connection(self, session: LiveSession, arrival: _Arrival) -> Connection:
         visitor = arrival.visitor
@@ -331,33 +283,42 @@ class Streams:
         connection.expires_at = visitor.expires_at
         return connection
 
-    async def _begin(self, connection: Connection, session: LiveSession, arrival: _Arrival) -> None:
-        """Find where the connection starts, attach it, and send the welcome."""
+    def _open(self, arrival: _Arrival, session: LiveSession, resume: Resume, chunk: Chunk | None) -> None:
+        """Attach a connection, start its task, and send the first words. In one step: the session cannot end in it."""
         hub = self._context.hub
-        self._replace(session, arrival.wish.replaces)
-        self._check_room(session, None)
         named = arrival.wish.position
-        resume = self._resume(session, named)
-        chunk = await self._first_chunk(session, resume.after)
-        if session.over:
-            raise StartOver
-        if self._context.draining:  # those that are here have perhaps been told to go already
-            raise self._draining()
         if named is not None and (resume.gap is None or resume.gap.reason == "epoch"):
             session.saw(resume.after)
         lost = chunk is not None and chunk.lost > 0
         resumed = not session.fresh and resume.gap is None and not lost
         starts_at = str(named if named is not None and (resume.gap or lost) else Position(hub.epoch, resume.after))
-        session.attach(connection)
-        hub.note_opened(self._row(connection, session))
+        connection = self._connection(session, arrival)
+        first = self._first_words(connection, session, arrival, starts_at, resumed, resume.gap)
+        self._hand_over(connection, session, arrival)
         connection.begin(
             arrival.link.start,
             after=resume.after,
-            first=self._first_words(connection, session, arrival, starts_at, resumed, resume.gap),
+            first=first,
             chunk=chunk,
             then=self._session_changed(connection, session),
         )
         self._log_connected(connection, session, arrival, starts_at, resumed)
+
+    def _hand_over(self, connection: Connection, session: LiveSession, arrival: _Arrival) -> None:
+        """From here on the link is the player's nursery's."""
+        assert session.nursery is not None  # for the type checker: the session accepts
+        link, transport = arrival.link, arrival.transport
+        session.attach(connection)
+        link.start = session.nursery.start_soon
+        link.on_end = connection.scope.cancel
+        session.nursery.start_soon(
+            self._live,
+            connection,
+            transport.channel(link),
+            transport,
+            name=f"{transport.name} of {session.player_id}",
+        )
+        self._context.hub.note_opened(self._row(connection, session))
 
     def _replace(self, session: LiveSession, replaces: str | None) -> None:
         """End the connection that the client has given up."""
@@ -388,15 +349,17 @@ class Streams:
             return Resume(session.seen)
         return resume_from(named, newest=hub.newest, seen=session.seen, epochs=hub.epochs)
 
-    async def _first_chunk(self, session: LiveSession, after: int) -> Chunk | None:
-        """What has to be read from the store before the log in memory; None if that reaches back."""
-        newest = self._context.hub.newest
-        if after >= (newest if session.log is None else session.log.floor):
-            return None
+    def _has_to_be_read(self, session: LiveSession, after: int) -> bool:
+        """Whether the log in memory does not reach back so far."""
+        return after < (self._context.hub.newest if session.log is None else session.log.floor)
+
+    async def _first_chunk(self, session: LiveSession, after: int) -> Chunk:
+        hub = self._context.hub
         try:
-            return await self._context.hub.storage.read(
-                session.player_id, session.session_id, after, newest, READ_MESSAGES
-            )
+            with trio.fail_after(OPEN_SECONDS):
+                return await hub.storage.read(session.player_id, session.session_id, after, hub.newest, READ_MESSAGES)
+        except trio.TooSlowError:
+            raise busy("the store is slow: try again") from None
         except StoreError as error:
             log.error(
                 f"Failed to recover connection for {session.player_id}",
@@ -429,7 +392,8 @@ class Streams:
             heartbeat_seconds=self.heartbeat_seconds,
         )
         retry_ms = cut_off_ms(len(hub.connections) - 1, self._context.randomness.uniform(0, 1))
-        first = [arrival.transport.welcome(payload, position, retry_ms)]
+        transport = arrival.transport
+        first = [transport.opening(arrival.head) + transport.welcome(payload, position, retry_ms)]
         if gap is not None:
             first.append(connection.gap_bytes(gap))
             session.gap_told(connection, gap)
@@ -480,39 +444,26 @@ class Streams:
 
     # Ending.
 
-    def _finish(
-        self, connection: Connection, session: LiveSession, arrival: _Arrival, channel: Channel | None, opened: bool
-    ) -> None:
+    def _finish(self, connection: Connection, channel: Channel, transport: Transport) -> None:
         """Take leave of a connection: nothing here waits, so it is done also when cancelled."""
-        link = arrival.link
+        link, left_with = connection.link, channel.left_with
         link.on_end = None
         connection.look_at_kernel()
-        if not connection.attached and opened:
-            # Cancelled in the middle of the beginning: the session was switched, or crashed.
-            connection.end(BUSY, retry_ms=0)
-        left_with = channel.left_with if channel else None
         close = connection.over or left_with or link.ended or LOST
-        by = _ended_by(connection, left_with)
-        if connection.attached:
-            self._log_disconnected(connection, session, arrival, close, by)
-            self._context.hub.note_closed(connection, self._context.clock.now())
-        if connection.over is None:
-            connection.over = close
-        session.detach(connection)
-        if not connection.attached:
-            session.departed()
-        # Cancelled before a word was said: the session has crashed, or was switched. Nothing is lost.
-        arrival.start_over = not arrival.answering and arrival.refusal is None and link.ended is None
-        arrival.over.set()
-        if arrival.refusal is not None and self._nursery is not None:
-            link.start = self._nursery.start_soon
-        elif not arrival.start_over:
-            self._linger(link)
+        left = connection.over is None and left_with is not None
+        self._log_disconnected(connection, transport, close, _ended_by(connection, left_with))
+        connection.over = close
+        self._context.hub.note_closed(connection, self._context.clock.now())
+        connection.session.detach(connection)
+        self._linger(link, left=left)
         self._tell_quiet()
 
-    def _linger(self, link: Link) -> None:
-        """Wait for the peer to take the last words, a second at most, outside of the player's nursery."""
-        if self._nursery is None or link.closed:
+    def _linger(self, link: Link, *, left: bool) -> None:
+        """Wait for the peer to take the last words, a second at most, outside of the player's nursery.
+
+        :param left: the peer has said that it leaves: it sends nothing any more, and nobody waits for that.
+        """
+        if self._nursery is None or link.closed or (left and link.has_said_all()):
             link.close()
             return
         link.start = self._nursery.start_soon
@@ -530,11 +481,9 @@ class Streams:
             self._lingering -= 1
             self._tell_quiet()
 
-    def _log_disconnected(
-        self, connection: Connection, session: LiveSession, arrival: _Arrival, close: Close, by: str
-    ) -> None:
+    def _log_disconnected(self, connection: Connection, transport: Transport, close: Close, by: str) -> None:
         _debug_state(connection, "disconnected")
-        link = arrival.link
+        link, session = connection.link, connection.session
         lost = max(0, connection.behind) if link.unsent or connection.behind else 0
         fields = {
             "player_id": session.player_id,
@@ -542,7 +491,7 @@ class Streams:
             "connection_id": connection.id,
         }
         log.info(
-            f"{arrival.transport.title} disconnected",
+            f"{transport.title} disconnected",
             code=close.code,
             reason=close.reason,
             ended_by=by,

@@ -68,15 +68,14 @@ class WebSocketTransport:
         self._max_message_size = max_message_size
         self._server_id = server_id
 
-    async def open(self, link: Link, head: Head) -> WebSocketChannel:
-        """Answer the handshake. The front door has found it in order (`mythos_trio.front.check_upgrade`)."""
-        # The head has come and the socket is empty, so this waits for nobody.
-        if not link.try_send(self._answer(head)):
-            raise trio.BrokenResourceError("the client has gone")
+    def channel(self, link: Link) -> WebSocketChannel:
         return WebSocketChannel(link, self._streams, self._max_message_size)
 
-    def _answer(self, head: Head) -> bytes:
-        """101. No extension is ever agreed to: a compressed frame could not be shared by its receivers."""
+    def opening(self, head: Head) -> bytes:
+        """101 to a handshake that the front door has found in order (`mythos_trio.front.check_upgrade`).
+
+        No extension is ever agreed to: a compressed frame could not be shared by its receivers.
+        """
         key = (head.header("sec-websocket-key") or "").encode()
         accept = b64encode(hashlib.sha1(key + _GUID, usedforsecurity=False).digest()).decode()
         offered = {word.strip() for word in (head.header("sec-websocket-protocol") or "").split(",")}
@@ -100,7 +99,7 @@ class WebSocketTransport:
             await http1.refuse(link, refusal, now=self._clock.now(), server_id=self._server_id, headers=headers)
             return
         words = self.framing.last_words(wire.disconnect(close, refusal.retry_ms), close)
-        link.last_words(self._answer(head) + words, close)
+        link.last_words(self.opening(head) + words, close)
         await link.linger()
 
     def welcome(self, payload: bytes, position: str, retry_ms: int) -> bytes:

@@ -199,15 +199,24 @@ def _effects_apart() -> list[Patch]:
 def _ended_begins_again() -> list[Patch]:
     begin = Batch._begin
 
-    async def let_in(self: Registrar, player_id: str, session_id: str) -> None:
+    async def let_in(self: Registrar, player_id: str, wanted: str | None, current: Any) -> None:
         await trio.lowlevel.checkpoint()
 
-    def again(self: Batch, effect: Any, number: int) -> None:
-        pair = effect.player_id, effect.session_id
+    def forget(self: Batch, *pair: str) -> None:
         self.db.execute("DELETE FROM sessions WHERE player_id = ? AND session_id = ? AND ended_at IS NOT NULL", pair)
+
+    def again(self: Batch, effect: Any, number: int) -> None:
+        forget(self, effect.player_id, effect.session_id)
         begin(self, effect, number)
 
-    return [(Registrar, "_refuse_if_ended", let_in), (Batch, "_begin", again)]
+    admit = Batch._admit
+
+    def admitted(self: Batch, effect: Any) -> Any:
+        if effect.wanted is not None:
+            forget(self, effect.player_id, effect.wanted)
+        return admit(self, effect)
+
+    return [(Registrar, "_find_ended", let_in), (Batch, "_begin", again), (Batch, "_admit", admitted)]
 
 
 def _seen_unarrived() -> list[Patch]:
@@ -290,12 +299,12 @@ def _lost_update() -> list[Patch]:
 
 
 def _mail_lost() -> list[Patch]:
-    begin = Batch._begin
+    insert = Batch._insert_session
 
-    def from_now_on(self: Batch, effect: Any, number: int) -> None:
-        begin(self, evolve(effect, mail_from=number), number)
+    def from_now_on(self: Batch, begin: Any, number: int, *more: Any) -> Any:
+        return insert(self, evolve(begin, mail_from=number), number, *more)
 
-    return [(Batch, "_begin", from_now_on)]
+    return [(Batch, "_insert_session", from_now_on)]
 
 
 def _channels_forgotten() -> list[Patch]:

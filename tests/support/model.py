@@ -118,6 +118,13 @@ class History:
     # What happens.
 
     def commit(self, transaction: Transaction, outcome: Committed) -> None:
+        if (row := outcome.session) is not None and outcome.begun:
+            require(row.start > self.newest, "numbers only grow", seq=row.start, newest=self.newest, session=row)
+            self.newest = row.start
+            self._begin(row.player_id, row.session_id, row.mail_from, row.start)
+        elif row is not None:
+            current = self.current(row.player_id)
+            require(current is not None and current.id == row.session_id, "who joins joins the current", session=row)
         for index, (effect, seq) in enumerate(zip(transaction.effects, outcome.seqs, strict=True)):
             if index in outcome.duplicates:
                 require(seq in self.messages, "a duplicate has the first one's number", seq=seq)
@@ -132,12 +139,15 @@ class History:
                 case Unsubscribe(player, session, channel):
                     self._leave(player, session, {channel}, seq)
                 case Begin(player, session, mail_from):
-                    key = player, session
-                    require(self.current(player) is None, "a session begins only after the other has ended", begin=key)
-                    require(key not in self.sessions, "an id that has ended never begins again", begin=key)
-                    self.sessions[key] = SessionFacts(player, session, seq, mail_from)
+                    self._begin(player, session, mail_from, seq)
                 case End(player, session, reason):
                     self.end(player, session, reason, seq)
+
+    def _begin(self, player: str, session: str, mail_from: int, seq: int) -> None:
+        key = player, session
+        require(self.current(player) is None, "a session begins only after the other has ended", begin=key)
+        require(key not in self.sessions, "an id that has ended never begins again", begin=key)
+        self.sessions[key] = SessionFacts(player, session, seq, mail_from)
 
     def end(self, player: str, session: str, reason: str, seq: int) -> None:
         facts = self.sessions[player, session]

@@ -1,4 +1,4 @@
-"""A session's life as a table, and what presence it owes to the game (contract, section 5)."""
+"""A session's life as a table, who may enter it, and what presence it owes to the game (contract, section 5)."""
 
 from __future__ import annotations
 
@@ -56,6 +56,52 @@ def after(state: State, happening: Happening) -> State:
         return TRANSITIONS[state][happening]
     except KeyError:
         raise IllegalTransition(f"{happening.name} while {state}") from None
+
+
+@frozen
+class SessionRow:
+    """A stored session. Times are POSIX seconds."""
+
+    player_id: str
+    session_id: str
+    start: int
+    """Its number in the order; messages to everyone with larger numbers are its own."""
+    mail_from: int
+    """Messages to the player with larger numbers are its own."""
+    seen: int
+    lost: int
+    """The newest number among closed intervals that are gone for good (see `Interval.lost`)."""
+    state: str
+    told: str
+    owed: str
+    created_at: float
+    last_online: float
+    ended_at: float | None = None
+    end_reason: str | None = None
+    channels: tuple[str, ...] = ()
+    """Open subscriptions, in the order of their numbers."""
+
+
+class Admission(Enum):
+    """What becomes of a connection that comes while none of the player's sessions lives."""
+
+    JOIN = "the current session goes on"
+    BEGIN = "there is none: one begins"
+    SWITCH = "another one is current: it ends, and the wanted one begins"
+    ENDED = "the wanted one has ended, and an id that has ended never begins again"
+
+
+def admission(wanted: str | None, current: str | None, *, ended: bool) -> Admission:
+    """
+    :param wanted: the session that the client names, if it names one.
+    :param current: the player's current one, if there is one.
+    :param ended: whether *wanted* has ended.
+    """
+    if current is not None and wanted in (None, current):
+        return Admission.JOIN
+    if ended:
+        return Admission.ENDED
+    return Admission.BEGIN if current is None else Admission.SWITCH
 
 
 class Told(StrEnum):

@@ -15,6 +15,7 @@ from typing import Final, TypeAlias
 from attrs import define, field, frozen
 
 from mythos_trio.core.data import Write
+from mythos_trio.core.session import SessionRow
 
 MAX_EFFECTS: Final = 1000
 MAX_EFFECT_BYTES: Final = 1 << 20
@@ -68,6 +69,25 @@ class End:
 
 
 Effect: TypeAlias = Append | Subscribe | Unsubscribe | Begin | End
+
+
+@frozen
+class Admit:
+    """A connection comes, and none of the player's sessions lives: `core.session.admission` says what happens.
+
+    A transaction by itself, for it is asked and changed in one step: so a connect costs a share of one commit, and
+    no reading. It changes something, and takes a number, only if a session begins.
+
+    *wanted* is the session that was named, *new_id* that of one that begins. *mail_from*: as `Begin`, at least; the
+    mark of the player's last session counts if it is larger. *told* and *owed*: presence of one that begins.
+    """
+
+    player_id: str
+    wanted: str | None
+    new_id: str
+    mail_from: int
+    told: str
+    owed: str
 
 
 @frozen
@@ -145,8 +165,14 @@ class Transaction:
     writes: list[Write] = field(factory=list)
     timers: list[TimerChange] = field(factory=list)
     fired: SetTimer | None = None
+    admit: Admit | None = None
     # Set by who asked when it has stopped waiting: the writer passes over it if it is still queued.
     abandoned: bool = False
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers of the order it takes at most."""
+        return len(self.effects) + (self.admit is not None)
 
 
 class Reason:
@@ -160,6 +186,8 @@ class Reason:
     """The command has its answer already: see `Refused.answer`."""
     ENDED: Final = "ended"
     """The session to begin has existed and ended, or the session to change is not the current."""
+    OTHER: Final = "other"
+    """The player has another current session than the one to admit to."""
     STALE: Final = "stale"
     """What it has read is not what is stored: run the handler again."""
     GONE: Final = "gone"
@@ -177,6 +205,8 @@ class Refused:
     reason: str
     message: str
     answer: Answer | None = None
+    session: SessionRow | None = None
+    """Of an `Admit` to a session that has ended."""
 
 
 @frozen
@@ -191,6 +221,10 @@ class Committed:
     seqs: tuple[int, ...]
     last: int
     duplicates: frozenset[int] = frozenset()
+    session: SessionRow | None = None
+    """Of an `Admit`: the player's current session."""
+    begun: bool = False
+    """Of an `Admit`: it has begun with it."""
 
 
 Outcome: TypeAlias = Committed | Refused

@@ -26,10 +26,10 @@ from mythos_trio.sqlite.files import (
     make_private,
     read_boot_id,
 )
-from mythos_trio.sqlite.reading import ReadingHalf, session_row
+from mythos_trio.sqlite.reading import ReadingHalf
 from mythos_trio.sqlite.retention import ROOM_SHARE, ROW_OVERHEAD, Cursors, Slice
 from mythos_trio.sqlite.schema import APPLICATION_ID, SCHEMA, Schema
-from mythos_trio.sqlite.tables import SESSION_COLUMNS, bytes_in_use, roll_back
+from mythos_trio.sqlite.tables import SESSION_COLUMNS, bytes_in_use, roll_back, session_row
 from mythos_trio.sqlite.transactions import NOTHING_TO_REMOVE, Batch
 from mythos_trio.storage import Bounds, Cleaned, Notes, Recovered, StoreError, StoreUnusable, refused
 
@@ -380,7 +380,7 @@ class SqliteDatabase(ReadingHalf):
     def _commit(self, batch: Sequence[Transaction], now: float) -> list[Outcome]:
         try:
             self._keep_house(now)
-            self._provide_numbers(sum(len(transaction.effects) for transaction in batch))
+            self._provide_numbers(sum(transaction.numbers for transaction in batch))
             return self._store(batch, now)
         except StoreError as error:
             return [refused(error) for _ in batch]

@@ -23,6 +23,7 @@ from mythos_trio.sqlite.tables import (
     posix,
     removed_of,
     roll_back,
+    session_row,
 )
 from mythos_trio.storage import Bounds, Chunk, Expired, SessionRow, StoredMessage, StoreError
 
@@ -70,31 +71,6 @@ def _merge(
     finally:
         for _, _, cursor in heads:
             cursor.close()
-
-
-def session_row(db: sqlite3.Connection, row: Sequence[Any]) -> SessionRow:
-    """*row* has `SESSION_COLUMNS`."""
-    player_id, session_id, start, mail_from, seen, lost, state, told, owed, created, online, ended, end_reason = row
-    channels = db.execute(
-        "SELECT channel FROM subscriptions WHERE player_id = ? AND session_id = ? AND finish IS NULL ORDER BY start",
-        (player_id, session_id),
-    )
-    return SessionRow(
-        player_id,
-        session_id,
-        start,
-        mail_from,
-        seen,
-        lost,
-        state,
-        told,
-        owed,
-        created_at=posix(created),
-        last_online=posix(online),
-        ended_at=None if ended is None else posix(ended),
-        end_reason=end_reason,
-        channels=tuple(channel for (channel,) in channels),
-    )
 
 
 def message_of(row: Sequence[Any]) -> StoredMessage:

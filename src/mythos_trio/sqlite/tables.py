@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+from collections.abc import Sequence
 from datetime import datetime
 from hashlib import blake2b
 from typing import Any, Final
 
 from mythos_trio.core import names
-from mythos_trio.core.session import State
+from mythos_trio.core.session import SessionRow, State
 from mythos_trio.core.transaction import Answer
 
 # Bodies are text for operators and bytes for us: the cast saves decoding and encoding.
@@ -36,6 +37,31 @@ def newest_session(db: sqlite3.Connection, player_id: str, columns: str) -> tupl
         f"SELECT {columns} FROM sessions WHERE player_id = ? ORDER BY start DESC LIMIT 1", (player_id,)
     ).fetchone()
     return found
+
+
+def session_row(db: sqlite3.Connection, row: Sequence[Any]) -> SessionRow:
+    """*row* has `SESSION_COLUMNS`."""
+    player_id, session_id, start, mail_from, seen, lost, state, told, owed, created, online, ended, end_reason = row
+    channels = db.execute(
+        "SELECT channel FROM subscriptions WHERE player_id = ? AND session_id = ? AND finish IS NULL ORDER BY start",
+        (player_id, session_id),
+    )
+    return SessionRow(
+        player_id,
+        session_id,
+        start,
+        mail_from,
+        seen,
+        lost,
+        state,
+        told,
+        owed,
+        created_at=posix(created),
+        last_online=posix(online),
+        ended_at=None if ended is None else posix(ended),
+        end_reason=end_reason,
+        channels=tuple(channel for (channel,) in channels),
+    )
 
 
 def find_answer(db: sqlite3.Connection, player_id: str, session_id: str, command_id: str) -> Answer | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from attrs import define, field
 
 from mythos_trio.core.data import PLAYER, Write
-from mythos_trio.core.session import State, Told
+from mythos_trio.core.session import Admission, SessionRow, State, Told, admission
 from mythos_trio.core.transaction import (
+    Admit,
     Answer,
     Append,
     Begin,
@@ -30,12 +31,25 @@ from mythos_trio.core.transaction import (
     Unsubscribe,
 )
 from mythos_trio.seams import rfc3339
-from mythos_trio.sqlite.tables import close_interval, end_session, find_answer, newest_session, open_interval, posix
+from mythos_trio.sqlite.tables import (
+    SESSION_COLUMNS,
+    close_interval,
+    end_session,
+    find_answer,
+    newest_session,
+    open_interval,
+    posix,
+    session_row,
+)
 
 NOTHING_TO_REMOVE: Final = "the store has reached MAX_STORE_BYTES, and no message is left that could be removed"
 INSERT_MESSAGE: Final = (
     "INSERT INTO messages (seq, id, target, body, digest, stored_at) VALUES (?, ?, ?, CAST(? AS TEXT), ?, ?)"
 )
+_BEGIN: Final = """
+    INSERT INTO sessions (player_id, session_id, data, created_at, state, state_since, last_online,
+        start, mail_from, seen, told, owed)
+    VALUES (?, ?, coalesce((SELECT value FROM data WHERE key = ?), '{}'), ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 _MARK: Final = """
     UPDATE sessions SET
         state_since = CASE WHEN state = :state OR ended_at IS NOT NULL THEN state_since ELSE :now END,
@@ -55,6 +69,8 @@ class _Refusing(Exception):
 def _is_plain(transaction: Transaction) -> bool:
     """Whether it does nothing but append."""
     if transaction.answer is not None or transaction.request is not None or transaction.presence:
+        return False
+    if transaction.admit is not None:
         return False
     if transaction.reads or transaction.writes or transaction.timers or transaction.fired is not None:
         return False
@@ -115,6 +131,8 @@ class Batch:
         return outcomes
 
     def _one(self, transaction: Transaction) -> Outcome:
+        if transaction.admit is not None:
+            return self._admit(transaction.admit)
         number, stored = self.next, len(self.stored)
         self.db.execute("SAVEPOINT one")
         try:
@@ -286,27 +304,75 @@ class Batch:
         newest = newest_session(self.db, begin.player_id, "ended_at, created_at")
         if newest is not None and newest[0] is None:
             raise _Refusing(Reason.ENDED, f"{begin.player_id} has another current session")
+        before = None if newest is None else newest[1]
+        self._insert_session(begin, number, before, Told.ABSENT, "")
+
+    def _insert_session(self, begin: Begin, number: int, before: str | None, told: str, owed: str) -> str:
+        """
+        :param before: when the player's newest session has begun, if there was one.
+        :returns: when this one has.
+        """
         # Operators take the newest `created_at` for the current session, also if the clock was set back.
         created_at = self.now
-        if newest is not None and newest[1] >= created_at:
-            created_at = rfc3339(posix(newest[1]) + 0.0011)
+        if before is not None and before >= created_at:
+            created_at = rfc3339(posix(before) + 0.0011)
+        mark = begin.mail_from
         self.db.execute(
-            "INSERT INTO sessions (player_id, session_id, created_at, state, state_since, last_online,"
-            " start, mail_from, seen, told, owed) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '')",
+            _BEGIN,
             (
-                *pair,
-                created_at,
-                State.ONLINE,
-                self.now,
-                self.now,
-                number,
-                begin.mail_from,
-                begin.mail_from,
-                Told.ABSENT,
+                *(begin.player_id, begin.session_id, PLAYER + begin.player_id, created_at),
+                *(State.ONLINE, self.now, self.now, number, mark, mark, told, owed),
             ),
         )
-        self.db.execute(
-            "UPDATE sessions SET data = coalesce((SELECT value FROM data WHERE key = ?), '{}')"
-            " WHERE player_id = ? AND session_id = ?",
-            (PLAYER + begin.player_id, *pair),
+        return created_at
+
+    def _admit(self, admit: Admit) -> Outcome:
+        """Without a savepoint: until it is certain that a session begins nothing is written, and then one row."""
+        newest = self._session(newest_session(self.db, admit.player_id, SESSION_COLUMNS))
+        current = newest if newest is not None and newest.ended_at is None else None
+        named = newest if newest is not None and newest.session_id == admit.wanted else self._find_named(admit)
+        ended = named is not None and named.ended_at is not None
+        match admission(admit.wanted, None if current is None else current.session_id, ended=ended):
+            case Admission.JOIN:
+                return Committed((), self.next - 1, session=current)
+            case Admission.ENDED:
+                return Refused(Reason.ENDED, f"the session {admit.wanted} has ended", session=named)
+            case Admission.SWITCH:
+                return Refused(Reason.OTHER, f"{admit.player_id} has another current session")
+            case _:
+                return self._begin_admitted(admit, newest)
+
+    def _find_named(self, admit: Admit) -> SessionRow | None:
+        if admit.wanted is None:
+            return None
+        found = self.db.execute(
+            f"SELECT {SESSION_COLUMNS} FROM sessions WHERE player_id = ? AND session_id = ?",
+            (admit.player_id, admit.wanted),
         )
+        return self._session(found.fetchone())
+
+    def _session(self, row: Sequence[Any] | None) -> SessionRow | None:
+        return None if row is None else session_row(self.db, row)
+
+    def _begin_admitted(self, admit: Admit, newest: SessionRow | None) -> Outcome:
+        if self.full:
+            return Refused(Reason.FULL, NOTHING_TO_REMOVE)
+        mark = admit.mail_from if newest is None else max(admit.mail_from, newest.seen)
+        begin = Begin(admit.player_id, admit.wanted or admit.new_id, mark)
+        number, self.next = self.next, self.next + 1
+        before = None if newest is None else rfc3339(newest.created_at)
+        since = posix(self._insert_session(begin, number, before, admit.told, admit.owed))
+        row = SessionRow(
+            begin.player_id,
+            begin.session_id,
+            start=number,
+            mail_from=mark,
+            seen=mark,
+            lost=0,
+            state=State.ONLINE,
+            told=admit.told,
+            owed=admit.owed,
+            created_at=since,
+            last_online=posix(self.now),
+        )
+        return Committed((), number, session=row, begun=True)
