@@ -195,7 +195,11 @@ async def set_a_field_of_the_server(player: Player) -> None:
 
 
 async def leave_a_scope_open(player: Player) -> None:
-    trio.CancelScope().__enter__()
+    trio.move_on_after(60).__enter__()
+
+
+async def leave_a_nursery_open(player: Player) -> None:
+    await trio.open_nursery().__aenter__()
 
 
 async def await_nothing(player: Player) -> None:
@@ -233,6 +237,7 @@ async def await_nothing(player: Player) -> None:
         (publish_nowhere, "publish: "),
         (set_a_field_of_the_server, "send: the server sets seq; name the field otherwise"),
         (leave_a_scope_open, "Cancel scope stack corrupted"),
+        (leave_a_nursery_open, "Cancel scope stack corrupted"),
         (await_nothing, "TypeError"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -242,6 +247,23 @@ async def test_a_mistake_costs_its_own_player(mistake: Mistake, said: str, autoj
     assert told == "the game made a mistake; nothing has happened"
     assert logged.startswith("Unexpected error in on_command handler=on_command player_id=alice\n")
     assert said in logged
+
+
+async def test_a_scope_without_a_deadline_that_is_left_open_harms_nobody(autojump_clock: MockClock) -> None:
+    class Careless(Game):
+        async def on_command(self, player: Player, command: Command) -> Any:
+            trio.CancelScope().__enter__()
+            if command.text == "slow":
+                await trio.sleep_forever()
+
+    async with play(Careless(), allow_errors=True) as world:
+        alice = await world.connect("alice")
+        for _ in range(3):
+            assert (await alice.command("quick")).ok
+        assert not (await alice.command("slow")).ok
+        assert (await alice.command("quick")).ok
+        await world.restart()
+    assert [error.partition(" handler=")[0] for error in world.errors] == ["Unexpected error in on_command"]
 
 
 async def test_a_handler_that_never_returns(autojump_clock: MockClock) -> None:

@@ -423,7 +423,7 @@ class Gathering:
         self.timers: list[TimerChange] = []
         self.new_session_wanted = False
         self.disconnect_wanted: str | None = None
-        self.report: Callable[[], None] = lambda: None
+        self.report: Callable[[], None] | None = None
         """What to log if this run of the handler counts."""
         self._player_id = player_id
         self._session_id = session_id
@@ -459,6 +459,11 @@ class Gathering:
         self.timers.clear()
         self.new_session_wanted = False
         self.disconnect_wanted = None
+
+    def tell(self) -> None:
+        """This run of the handler counts."""
+        if self.report is not None:
+            self.report()
 
     def answer(self, content: object) -> bytes:
         """What a handler returned as the body of a `mythos_trio.core.transaction.Answer`.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import types
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -15,6 +16,7 @@ import trio
 from attrs import define, field, frozen
 
 from mythos_trio import logs
+from mythos_trio.bell import Bell
 from mythos_trio.core import wire
 from mythos_trio.core.data import MAX_RUNS, PLAYER, Value
 from mythos_trio.core.errors import DRAIN, ErrorType, Refusal
@@ -29,7 +31,7 @@ from mythos_trio.core.transaction import (
     Transaction,
 )
 from mythos_trio.dispatcher import refusal_of
-from mythos_trio.game import WORLD, CommandError, Game, GameError, Gathering, Health, Player, World
+from mythos_trio.game import WORLD, CommandError, Game, GameError, Gathering, Health, World
 from mythos_trio.game import Presence as PresenceText
 from mythos_trio.grace import Graces
 from mythos_trio.storage import SessionRow
@@ -63,6 +65,28 @@ BLOCKED_SECONDS: Final = 0.1
 # A background of the game that has failed begins again after a wait, which doubles as long as it fails.
 FIRST_PAUSE: Final = 1.0
 LONGEST_PAUSE: Final = 60.0
+
+
+# Sessions' tasks that have nothing to run and wait for the next command: to wake one costs 1 µs, to start one and
+# end it 3.4. One that waits takes 3 KiB.
+MAX_RESTING: Final = 1000
+
+
+class Resting:
+    """The tasks that wait for the next command: those that ran last. Who has waited longest makes room, and ends."""
+
+    def __init__(self) -> None:
+        self._bells: OrderedDict[Bell, None] = OrderedDict()
+
+    async def wait(self, bell: Bell) -> None:
+        """Until *bell* rings: there is something to do, or too many others wait."""
+        self._bells[bell] = None
+        if len(self._bells) > MAX_RESTING:
+            self._bells.popitem(last=False)[0].ring()
+        try:
+            await bell.wait()
+        finally:
+            self._bells.pop(bell, None)
 
 
 class Turns:
@@ -118,8 +142,9 @@ class Context:
     """From now on no command is taken, and a link-dead connection owes nothing."""
     switch: Callable[[LiveSession], None] = lambda _: None
     """Given by the registrar: begin a new session for this one's player."""
-    handlers: dict[trio.CancelScope, trio.lowlevel.Task] = field(factory=dict)
-    """The handlers that run now, and in which task: a drain cuts them off after a while."""
+    resting: Resting = field(factory=Resting)
+    handlers: dict[Deadline, None] = field(factory=dict)
+    """The handlers that run now, in the order in which they began: a drain cuts them off after a while."""
     _one_ended: trio.Event = field(factory=trio.Event)
 
     @graces.default
@@ -141,6 +166,93 @@ class Context:
         """While draining: until no handler runs."""
         while self.handlers or any(session.running_handler for session in self.hub.sessions.values()):
             await self._one_ended.wait()
+
+    def in_handler(self, task: trio.lowlevel.Task | None) -> bool:
+        """Whether *task* runs a handler just now."""
+        return any(deadline.task is task for deadline in self.handlers)
+
+    async def keep_deadlines(self) -> None:
+        """Cut off each handler that runs for HANDLER_TIMEOUT, to the moment. Runs until it is cancelled.
+
+        Nobody has to wake this task: who begins while it sleeps has more time left than it sleeps.
+        """
+        while True:
+            now = trio.current_time()
+            wake = now + self.settings.handler_timeout
+            for deadline in self.handlers:  # who began first has to end first
+                if deadline.at > now:
+                    wake = deadline.at
+                    break
+                deadline.cut_off()
+            await trio.sleep_until(wake)
+
+
+class Deadline:
+    """HANDLER_TIMEOUT of the handlers that one task runs, one after another.
+
+    A cancel scope with a deadline for each of them costs 4 µs. This scope stays entered from handler to handler, and
+    one task keeps the time for all (`Context.keep_deadlines`). When it has been cancelled, or a handler has left
+    something open inside of it, it is left and another one is entered.
+    """
+
+    __slots__ = ("_outer", "_scope", "at", "context", "task")
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.task: trio.lowlevel.Task | None = None
+        self.at = 0.0
+        """When the handler that runs is cut off, of `trio.current_time`."""
+        self._outer = 0.0
+
+    def __enter__(self) -> Deadline:
+        self.task = trio.lowlevel.current_task()
+        self._enter()
+        return self
+
+    def _enter(self) -> None:
+        self._scope = trio.CancelScope()
+        self._scope.__enter__()
+        self._outer = trio.current_effective_deadline()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        try:
+            self._scope.__exit__(kind, error, trace)
+        except RuntimeError as open_inside:
+            # A scope without a deadline: nothing tells of it before, and nothing has come of it.
+            log.warning(
+                "A handler of the game has left a cancel scope open", reason=str(open_inside).partition("\n")[0]
+            )
+
+    def cut_off(self) -> None:
+        """The time is over, or the server stops."""
+        self._scope.cancel()
+
+    def begin(self) -> None:
+        """A handler begins."""
+        self.at = trio.current_time() + self.context.settings.handler_timeout
+        self.context.handlers[self] = None
+
+    def end(self, error: BaseException | None) -> bool:
+        """It has ended, by *error* if there is one; whether that says only that it was cut off.
+
+        :raises BaseExceptionGroup: what else there is in *error*.
+        :raises RuntimeError: it has left a scope open that has a deadline, or a nursery.
+        """
+        del self.context.handlers[self]
+        self.context.handler_ended()
+        if not self._scope.cancel_called and not self._left_open():
+            return False
+        kind = None if error is None else type(error)
+        try:
+            return self._scope.__exit__(kind, error, None if error is None else error.__traceback__)
+        finally:
+            self._enter()
+
+    def _left_open(self) -> bool:
+        assert self.task is not None  # it has been entered
+        return bool(self.task.child_nurseries) or trio.current_effective_deadline() < self._outer
 
 
 @frozen
@@ -231,19 +343,20 @@ async def transact(
             gathering, result = await run()
             await context.dispatcher.wait_room()
             # From here to the queue nothing waits: what is checked is still so when it is done.
-            if not data.is_current(gathering.reads):
+            if gathering.reads and not data.is_current(gathering.reads):
                 context.statistics.to_be_repeated()
                 changed = data.changed(gathering.reads)
                 continue
-            gathering.report()
+            gathering.tell()
             transaction = complete(gathering, result)
             if transaction is not None:
                 submission = _join(context, transaction, gathering)
                 joined(submission)
         finally:
-            context.turns.give_back(turn)
+            if turn:
+                context.turns.give_back(turn)
         if transaction is None:
-            if await _is_stored(data.rests_on(gathering.reads)):
+            if not gathering.reads or await _is_stored(data.rests_on(gathering.reads)):
                 return gathering, result, None
             continue
         outcome = await submission.wait()
@@ -269,36 +382,43 @@ async def _is_stored(submissions: list[Submission]) -> bool:
 
 
 async def run_handler(
-    context: Context, call: Callable[[], Awaitable[Any]], gathering: Gathering, player_id: str, name: str
+    call: Callable[[], Awaitable[Any]], gathering: Gathering, deadline: Deadline, player_id: str, name: str
 ) -> Any:
     """Run one handler under its deadline. Afterwards what it was handed can no longer be used."""
-    with trio.move_on_after(context.settings.handler_timeout) as scope:
-        context.handlers[scope] = trio.lowlevel.current_task()
-        try:
-            return await contained(call, name, player_id)
-        finally:
-            gathering.close()
-            del context.handlers[scope]
-            context.handler_ended()
-    if scope.cancelled_caught and context.draining:
-        raise draining()
-    if scope.cancelled_caught:
-        log.error(
-            f"Unexpected error in {name}: it took longer than HANDLER_TIMEOUT",
-            error_type=ErrorType.SYSTEM.value,
-            player_id=player_id,
-            handler=name,
-            seconds=context.settings.handler_timeout,
-        )
-        # Whatever it has read: it is not run again, to take as long once more.
-        gathering.reads.clear()
-        raise Refusal(
-            ErrorType.SYSTEM,
-            f"the game took longer than {context.settings.handler_timeout:g} seconds; nothing has happened",
-            status=503,
-            details={"handler": name},
-        )
-    return None
+    deadline.begin()
+    try:
+        result = await contained(call, name, player_id)
+    except BaseException as error:
+        if not deadline.end(error):
+            raise
+    else:
+        deadline.end(None)
+        return result
+    finally:
+        gathering.close()
+    raise _cut_off(deadline.context, gathering, player_id, name)
+
+
+def _cut_off(context: Context, gathering: Gathering, player_id: str, name: str) -> Refusal:
+    """What the player of a handler that was cut off is told."""
+    if context.draining:
+        return draining()
+    seconds = context.settings.handler_timeout
+    log.error(
+        f"Unexpected error in {name}: it took longer than HANDLER_TIMEOUT",
+        error_type=ErrorType.SYSTEM.value,
+        player_id=player_id,
+        handler=name,
+        seconds=seconds,
+    )
+    # Whatever it has read: it is not run again, to take as long once more.
+    gathering.reads.clear()
+    return Refusal(
+        ErrorType.SYSTEM,
+        f"the game took longer than {seconds:g} seconds; nothing has happened",
+        status=503,
+        details={"handler": name},
+    )
 
 
 async def contained(call: Callable[[], Awaitable[T]], name: str, player_id: str) -> T:
@@ -323,11 +443,12 @@ def _ends_nothing(name: str, error: BaseException) -> GameError:
 @types.coroutine
 def _timed(steps: Generator[Any, Any, T], name: str, player_id: str) -> Generator[Any, Any, T]:
     """*steps*, and a warning for those that keep everybody else waiting."""
-    go: Callable[[], Any] = lambda: steps.send(None)  # noqa: E731
+    go: Callable[[Any], Any] = steps.send
+    value: Any = None
     while True:
         began = time.perf_counter()
         try:
-            message = go()
+            message = go(value)
         except StopIteration as stop:
             result: T = stop.value
             return result
@@ -335,11 +456,9 @@ def _timed(steps: Generator[Any, Any, T], name: str, player_id: str) -> Generato
             if (seconds := time.perf_counter() - began) >= BLOCKED_SECONDS:
                 _warn_blocked(name, player_id, seconds)
         try:
-            value = yield message
-        except BaseException as error:  # noqa: ASYNC103 - it is handed on below
-            go = lambda e=error: steps.throw(e)  # type: ignore[misc]  # noqa: E731
-        else:
-            go = lambda v=value: steps.send(v)  # type: ignore[misc]  # noqa: E731
+            go, value = steps.send, (yield message)
+        except BaseException as error:  # noqa: ASYNC103 - it is handed on above
+            go, value = steps.throw, error
 
 
 def _warn_blocked(name: str, player_id: str, seconds: float) -> None:
@@ -370,9 +489,10 @@ def handler_failed(gathering: Gathering, player_id: str, name: str, error: Excep
     return wire.error_body(ErrorType.SYSTEM, "the game made a mistake; nothing has happened", {"handler": name})
 
 
-async def presence_handler(context: Context, owed: Owed, player: Player, gathering: Gathering, reason: str) -> None:
+async def presence_handler(owed: Owed, gathering: Gathering, deadline: Deadline, reason: str) -> None:
     """Run a handler of presence. One that fails has told the game nothing, but is paid: it would only
     fail again. One that a drain has cut off raises a refusal: it is still owed."""
+    context, player = deadline.context, gathering.player
     game = context.game
     calls: dict[Owed, Callable[[], Awaitable[None]]] = {
         Owed.JOIN: lambda: game.on_join(player),
@@ -382,7 +502,7 @@ async def presence_handler(context: Context, owed: Owed, player: Player, gatheri
     }
     name = f"on_{owed.value}"
     try:
-        await run_handler(context, calls[owed], gathering, player.id, name)
+        await run_handler(calls[owed], gathering, deadline, player.id, name)
     except Refusal:
         if context.draining:
             raise
@@ -402,7 +522,8 @@ async def pay_leave(owed: LeaveOwed, context: Context) -> None:
 
         async def run(due: Owed = due) -> tuple[Gathering, None]:
             gathering = new_gathering(context, row, channels, ended=True)
-            await presence_handler(context, due, gathering.player, gathering, owed.reason)
+            with Deadline(context) as deadline:
+                await presence_handler(due, gathering, deadline, owed.reason)
             return gathering, None
 
         def complete(gathering: Gathering, _: None, mark: PresenceMark = mark) -> Transaction:
@@ -439,7 +560,7 @@ class GameRunner:
     async def __call__(self, function: Callable[[World], Awaitable[T]], /) -> T:
         """Run *function* and store what it did; raises the refusal if it could not be stored."""
         context = self._context
-        if trio.lowlevel.current_task() in context.handlers.values():
+        if context.in_handler(trio.lowlevel.current_task()):
             raise GameError(
                 "game.run() in a handler: what it does would happen even if the handler fails. The handler's own "
                 "player.world does it, in one with the rest; game.run() is for tasks of the game's own."
@@ -449,7 +570,8 @@ class GameRunner:
 
         async def run() -> tuple[Gathering, T]:
             gathering = world_gathering(context)
-            result: T = await run_handler(context, lambda: function(gathering.world), gathering, "", "game.run")
+            with Deadline(context) as deadline:
+                result: T = await run_handler(lambda: function(gathering.world), gathering, deadline, "", "game.run")
             return gathering, result
 
         def complete(gathering: Gathering, _: T) -> Transaction | None:
@@ -462,18 +584,19 @@ class GameRunner:
 
 
 async def fire(
-    context: Context, timer: SetTimer, gather: Callable[[], Gathering], call: Callable[[Gathering], Awaitable[None]]
+    deadline: Deadline, timer: SetTimer, gather: Callable[[], Gathering], call: Callable[[Gathering], Awaitable[None]]
 ) -> tuple[Gathering, bool]:
     """Run a timer's handler in the transaction that removes the timer; False if that could not be stored.
 
     A handler that fails has done nothing, and its timer has fired all the same: it would only fail again.
     """
+    context = deadline.context
     player_id = timer.owner.removeprefix(PLAYER)
 
     async def run() -> tuple[Gathering, None]:
         gathering = gather()
         try:
-            await run_handler(context, lambda: call(gathering), gathering, player_id, "on_timer")
+            await run_handler(lambda: call(gathering), gathering, deadline, player_id, "on_timer")
         except Refusal:
             if context.draining:
                 raise
@@ -508,12 +631,13 @@ class WorldTimers:
                     continue  # it rests until the next start
                 value = decode_json(timer.value)
                 try:
-                    _, done = await fire(
-                        context,
-                        timer,
-                        lambda: world_gathering(context),
-                        lambda g, t=timer, v=value: context.game.on_world_timer(g.world, t.name, v),  # type: ignore[misc]
-                    )
+                    with Deadline(context) as deadline:
+                        _, done = await fire(
+                            deadline,
+                            timer,
+                            lambda: world_gathering(context),
+                            lambda g, t=timer, v=value: context.game.on_world_timer(g.world, t.name, v),  # type: ignore[misc]
+                        )
                 except Refusal:
                     done = False
                 if not done:
@@ -563,7 +687,7 @@ class Background:
 
     def stop(self) -> None:
         """The drain begins: nothing new. A `Game.run` that is under way may end, as handlers may."""
-        if self._task not in self._context.handlers.values():
+        if not self._context.in_handler(self._task):
             self._scope.cancel()
 
     def cancel(self) -> None:

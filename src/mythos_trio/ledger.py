@@ -62,6 +62,7 @@ PARTS: Final = frozenset(
         "bridge",
         "front door",
         "background of the game",
+        "deadlines of handlers",
     }
 )
 TRANSPORTS: Final = ("websocket", "sse")

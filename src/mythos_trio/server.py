@@ -214,6 +214,7 @@ class Server:
             nursery.start_soon(monitor.watch, name="monitor")
             nursery.start_soon(self.context.graces.run, name="grace times")
             nursery.start_soon(WorldTimers(self.context).run, name="the world's timers")
+            nursery.start_soon(self.context.keep_deadlines, name="deadlines of handlers")
             for loop in self.checker.loops():
                 nursery.start_soon(loop, name=f"health checker: {loop.__name__}")
             await nursery.start(bridge.run, name="bridge")
@@ -298,8 +299,8 @@ class Server:
         """Running handlers may end by themselves until then; after that they are cut off."""
         with trio.move_on_at(until):
             await self.context.wait_handlers()
-        for scope in list(self.context.handlers):
-            scope.cancel()
+        for deadline in self.context.handlers:
+            deadline.cut_off()
         await self.context.wait_handlers()
 
     async def _finish_requests(self) -> None:

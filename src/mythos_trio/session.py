@@ -20,6 +20,7 @@ import trio
 from attrs import evolve
 
 from mythos_trio import logs
+from mythos_trio.bell import Bell
 from mythos_trio.core import wire
 from mythos_trio.core.commands import Commands, Entry, Remembered
 from mythos_trio.core.data import player_key
@@ -48,6 +49,7 @@ from mythos_trio.handlers import (
     DRAINED,
     RETRY_SECONDS,
     Context,
+    Deadline,
     draining,
     fire,
     handler_failed,
@@ -103,6 +105,7 @@ class LiveSession:
         "_noted_state",
         "_paid",
         "_paying",
+        "_resting",
         "_scope",
         "_told_index",
         "_working",
@@ -169,6 +172,8 @@ class LiveSession:
         self._deliveries = Deliveries(self.seen)
         self._told_index = 0  # while there is a lead: where in the log that stands which `_deliveries` knows of
         self._working = False
+        self._resting: Bell | None = None
+        """The task that runs handlers has nothing to do, and waits for this."""
         self._leave_reason = "linkdead"
         # `on_leave` of the player's former session, if that is still being run: all handlers come after it.
         self.comes_after: trio.Event | None = None
@@ -537,46 +542,71 @@ class LiveSession:
     def _start_working(self) -> None:
         if self._working or self.nursery is None:
             return
-        if self.presence.owed or self._due or self._commands.waiting:
-            self._working = True
+        if not (self._commands.waiting or self.presence.owed or self._due):
+            return
+        self._working = True
+        if self._resting is not None:
+            self._resting.ring()
+        else:
             self.nursery.start_soon(self._work, name=f"handlers of {self.player_id}")
 
     async def _work(self) -> None:
-        """Run what is owed, then commands, one at a time, until there is nothing left."""
+        """Run what is owed, then commands, one at a time; then wait for more, unless too many wait (`Resting`)."""
+        bell = Bell()
         try:
-            while not self._context.draining:
-                # A crash may have cancelled this nursery before this task's first step: a handler begun
-                # now would run to its first wait, and the session that follows would run it again.
-                await trio.lowlevel.checkpoint_if_cancelled()
-                if self.comes_after is not None:
-                    await self.comes_after.wait()
-                    self.comes_after = None
-                elif self.presence.owed:
-                    if not await self._pay_presence() and not self._context.draining:
-                        await trio.sleep(RETRY_SECONDS)
-                elif self._due:
-                    await self._fire(self._due.pop(0))
-                elif (entry := self._commands.next()) is not None:
-                    await self._run_command(entry)
-                else:
-                    return
+            with Deadline(self._context) as deadline:
+                while self._working:
+                    while await self._run_next(deadline):
+                        pass
+                    self._stop_working()
+                    if self._context.draining:
+                        return
+                    self._resting = bell
+                    await self._context.resting.wait(bell)
+                    self._resting = None
         finally:
+            self._resting = None
+            self._stop_working()
+
+    def _stop_working(self) -> None:
+        if self._working:
             self._working = False
             self._tell_paid()
             self._context.handler_ended()
+
+    async def _run_next(self, deadline: Deadline) -> bool:
+        """Run one handler, if there is something to run."""
+        # A crash may have cancelled this nursery before this task's first step: a handler begun
+        # now would run to its first wait, and the session that follows would run it again.
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._context.draining:
+            return False
+        if self.comes_after is not None:
+            await self.comes_after.wait()
+            self.comes_after = None
+        elif self.presence.owed:
+            if not await self._pay_presence(deadline) and not self._context.draining:
+                await trio.sleep(RETRY_SECONDS)
+        elif self._due:
+            await self._fire(self._due.pop(0), deadline)
+        elif (entry := self._commands.next()) is not None:
+            await self._run_command(entry, deadline)
+        else:
+            return False
+        return True
 
     def _tell_paid(self) -> None:
         if self._paid is not None:
             self._paid.set()
 
-    async def _pay_presence(self) -> bool:
+    async def _pay_presence(self, deadline: Deadline) -> bool:
         """Run the handler that is owed first; False if its commit failed (it is still owed)."""
         self.presence = self.presence.started()
         owed = self.presence.owed[0]
 
         async def run() -> tuple[Gathering, None]:
             gathering = self._gathering()
-            await presence_handler(self._context, owed, gathering.player, gathering, self._leave_reason)
+            await presence_handler(owed, gathering, deadline, self._leave_reason)
             return gathering, None
 
         def complete(gathering: Gathering, _: None) -> Transaction:
@@ -624,11 +654,11 @@ class LiveSession:
         self._due.append(timer)
         self._start_working()
 
-    async def _fire(self, timer: SetTimer) -> None:
+    async def _fire(self, timer: SetTimer, deadline: Deadline) -> None:
         value = decode_json(timer.value)
         try:
             gathering, done = await fire(
-                self._context,
+                deadline,
                 timer,
                 self._gathering,
                 lambda gathering: self._context.game.on_timer(gathering.player, timer.name, value),
@@ -640,12 +670,12 @@ class LiveSession:
         elif self._clock is not None:
             self._clock.again(timer, RETRY_SECONDS)
 
-    async def _run_command(self, entry: Entry[Asker]) -> None:
+    async def _run_command(self, entry: Entry[Asker], deadline: Deadline) -> None:
         started = trio.current_time()
 
         async def run() -> tuple[Gathering, tuple[bytes, bool]]:
             gathering = self._gathering()
-            return gathering, await self._answer_of(entry, gathering)
+            return gathering, await self._answer_of(entry, gathering, deadline)
 
         def complete(gathering: Gathering, answer: tuple[bytes, bool]) -> Transaction | None:
             if not gathering.has_effects:
@@ -683,7 +713,7 @@ class LiveSession:
         failure = refusal_of(outcome)
         return wire.error_body(failure.error_type, failure.message), None, None
 
-    async def _answer_of(self, entry: Entry[Asker], gathering: Gathering) -> tuple[bytes, bool]:
+    async def _answer_of(self, entry: Entry[Asker], gathering: Gathering, deadline: Deadline) -> tuple[bytes, bool]:
         """Run the handler; its answer's body. A handler that fails leaves no effects."""
         if entry.kind == "command":
             command = Command(entry.id, entry.content)
@@ -691,7 +721,7 @@ class LiveSession:
         else:
             call = lambda: self._on_subscribe(gathering, entry.kind, entry.content)  # noqa: E731
         try:
-            content = await run_handler(self._context, call, gathering, self.player_id, "on_" + entry.kind)
+            content = await run_handler(call, gathering, deadline, self.player_id, "on_" + entry.kind)
             return gathering.answer(content), True
         except Refusal as refusal:
             gathering.drop()
