@@ -376,6 +376,12 @@ class Link(trio.abc.HalfCloseableStream):
             self.received_bytes += len(data)
         return data
 
+    def take_all(self) -> bytes:
+        """All that was pushed back."""
+        data = b"".join(self._pushed)
+        self._pushed.clear()
+        return data
+
     def push_back(self, data: bytes) -> None:
         """The next `receive_some` returns these bytes first."""
         if data:

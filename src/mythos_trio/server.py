@@ -242,6 +242,7 @@ class Server:
         settings = self.settings
         websocket = WebSocketTransport(
             self.streams,
+            self.poller,
             self.access,
             self.clock,
             max_message_size=settings.max_message_size,

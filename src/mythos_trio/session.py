@@ -451,20 +451,29 @@ class LiveSession:
     # Commands.
 
     async def submit(self, request: ClientCommand, asker: Asker) -> None:
+        """As `submit_now`. Waits only for the store, and only for an id that an earlier life of the session may have
+        answered.
+        """
+        if self.has_to_ask(request):
+            self._check_open()
+            assert request.id is not None  # else there is nothing to ask for
+            await self._ask_store(request.id)
+        self.submit_now(request, asker)
+
+    def has_to_ask(self, request: ClientCommand) -> bool:
+        """Whether only the store knows if the command's id has its answer already."""
+        commands = self._commands
+        return not commands.complete and request.id is not None and not commands.has_answered(request.id)
+
+    def submit_now(self, request: ClientCommand, asker: Asker) -> None:
         """Take a command: it is answered to *asker*, now or later, once.
 
-        Waits only for the store, and only for an id that an earlier life of the session may have
-        answered. Raises a refusal that is not remembered: the same id runs again.
+        Raises a refusal that is not remembered: the same id runs again.
         """
         self._check_open()
         id = request.id or self._context.randomness.token()
         digest = command_digest(request)
         remembered = self._commands.answered(id, digest)
-        if remembered is None and request.id is not None and not self._commands.complete:
-            remembered = await self._stored_answer(id, digest)
-            self._check_open()
-            # What has been answered while the store was being asked counts.
-            remembered = self._commands.answered(id, digest) or remembered
         if remembered is not None:
             asker.answer(id, remembered.body, remembered.position or None)
             return
@@ -478,16 +487,16 @@ class LiveSession:
         if self.over:
             raise Refusal(ErrorType.SESSION, "this session is over: connect again", status=409, close=BUSY)
 
-    async def _stored_answer(self, id: str, digest: bytes) -> Remembered | None:
+    async def _ask_store(self, id: str) -> None:
+        """Remember the answer that *id* got in an earlier life of the session, if it did."""
         try:
             answer = await self._hub.storage.find_answer(self.player_id, self.session_id, id)
         except StoreError as error:
             raise Refusal(ErrorType.PERSISTENCE, str(error), status=503, retry_ms=2000) from None
-        if answer is None:
-            return None
-        remembered = Remembered(answer.digest, answer.body, trio.current_time(), self._hub.newest)
-        self._commands.remember(id, remembered)
-        return self._commands.answered(id, digest)
+        # What has been answered while the store was being asked counts.
+        if answer is not None and not self._commands.has_answered(id):
+            remembered = Remembered(answer.digest, answer.body, trio.current_time(), self._hub.newest)
+            self._commands.remember(id, remembered)
 
     def _abandon_commands(self) -> None:
         """The session is over before they were answered: nothing is remembered, they can be asked again."""

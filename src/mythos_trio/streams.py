@@ -519,11 +519,20 @@ class Streams:
         if wait:
             connection.end(RATE, retry_ms=int(wait * 1000) + 1)
 
-    async def hear(self, connection: Connection, request: ClientRequest) -> None:
-        """Carry out one request of a live connection; errors are replies."""
+    def hear(self, connection: Connection, request: ClientRequest) -> bool:
+        """Carry out one request of a live connection; errors are replies.
+
+        False: the store has to be asked first (`hear_and_wait`). Nothing has been done then.
+        """
         match request:
             case Command():
-                await self._command(connection, request)
+                if connection.session.has_to_ask(request):
+                    return False
+                if self._admit(connection, request):
+                    try:
+                        connection.session.submit_now(request, ConnectionAsker(connection))
+                    except Refusal as refusal:
+                        reply_error(connection, request.id, refusal)
             case Ack(position):
                 self.acknowledge(connection.session, connection, position)
             case Ping(id):
@@ -532,19 +541,29 @@ class Streams:
                 self._renew(connection, token)
             case _:
                 reply_error(connection, request.id, request.refusal)
+        return True
 
-    async def _command(self, connection: Connection, command: Command) -> None:
+    async def hear_and_wait(self, connection: Connection, request: ClientRequest) -> None:
+        """As `hear`, and waits for the store where it has to be asked."""
+        if self.hear(connection, request):
+            return
+        assert isinstance(request, Command)  # nothing else is in the store
+        if self._admit(connection, request):
+            try:
+                await connection.session.submit(request, ConnectionAsker(connection))
+            except Refusal as refusal:
+                reply_error(connection, request.id, refusal)
+
+    def _admit(self, connection: Connection, command: Command) -> bool:
+        """Count a command against the rate; whether it may be carried out. Who does not heed the refusals is ended."""
         try:
             self.take_command(connection.player_id)
         except Refusal as refusal:
             reply_error(connection, command.id, refusal)
             if self._abuse.take(connection.player_id, trio.current_time()):
                 connection.end(RATE, retry_ms=refusal.retry_ms)
-            return
-        try:
-            await connection.session.submit(command, ConnectionAsker(connection))
-        except Refusal as refusal:
-            reply_error(connection, command.id, refusal)
+            return False
+        return True
 
     def take_command(self, player_id: str) -> None:
         """Count a command of the player; refuse it beyond the rate."""

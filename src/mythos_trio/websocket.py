@@ -1,10 +1,14 @@
 """The WebSocket transport (RFC 6455): the handshake, and what clients say.
 
 A client's frames are nearly always whole and small. Those, and the pings, pongs and close frames between them, are
-taken here, by the connection's own task, without any object that lives from one frame to the next. With the first
-frame that is not of this kind (a part of a message, a large one, one that breaks the protocol) trio-websocket takes
-over and reads the connection to its end (`_Taken`); the link's `FrameScanner` then looks on, since trio-websocket
-counts characters, and only when a message has come.
+taken here, without any object that lives from one frame to the next. With the first frame that is not of this kind (a
+part of a message, a large one, one that breaks the protocol) trio-websocket takes over and reads the connection to
+its end (`_Taken`); the link's `FrameScanner` then looks on, since trio-websocket counts characters, and only when a
+message has come.
+
+A frame that comes alone, as nearly always, is heard in the turn of the `Poller`'s task, which has found that it is
+there: no task is woken. The connection's own task sleeps until there is something that needs to wait: for other
+frames of the same piece, for room for replies, for the store, for trio-websocket, or for the end.
 
 Measured, for each frame with its reply and for each idle connection: 45 µs and 14 KiB less than with trio-websocket.
 
@@ -23,6 +27,8 @@ import trio
 from trio_websocket import ConnectionClosed, wrap_server_stream
 
 from mythos_trio import http1
+from mythos_trio.bell import Bell
+from mythos_trio.connection import MAX_REPLIES
 from mythos_trio.core import frames, wire
 from mythos_trio.core.errors import BINARY, Close, ErrorType, Refusal
 from mythos_trio.core.frames import FrameScanner, Unusual
@@ -34,6 +40,7 @@ if TYPE_CHECKING:
     from mythos_trio.connection import Connection
     from mythos_trio.http1 import Head
     from mythos_trio.link import Link
+    from mythos_trio.poller import Poller
     from mythos_trio.seams import Clock
 
 # In order of preference. "bearer" stands before a token (`mythos_trio.access`), which is never sent back; the
@@ -60,16 +67,17 @@ class WebSocketTransport:
     framing = wire.WEBSOCKET
 
     def __init__(
-        self, streams: Streams, access: Access, clock: Clock, *, max_message_size: int, server_id: str
+        self, streams: Streams, poller: Poller, access: Access, clock: Clock, *, max_message_size: int, server_id: str
     ) -> None:
         self._streams = streams
+        self._poller = poller
         self._access = access
         self._clock = clock
         self._max_message_size = max_message_size
         self._server_id = server_id
 
     def channel(self, link: Link) -> WebSocketChannel:
-        return WebSocketChannel(link, self._streams, self._max_message_size)
+        return WebSocketChannel(link, self._streams, self._poller, self._max_message_size)
 
     def opening(self, head: Head) -> bytes:
         """101 to a handshake that the front door has found in order (`mythos_trio.front.check_upgrade`).
@@ -109,37 +117,120 @@ class WebSocketTransport:
 class WebSocketChannel:
     """An accepted WebSocket."""
 
-    def __init__(self, link: Link, streams: Streams, max_message_size: int) -> None:
+    __slots__ = (
+        "_bell",
+        "_connection",
+        "_error",
+        "_left",
+        "_link",
+        "_max_message_size",
+        "_most",
+        "_poller",
+        "_rest",
+        "_streams",
+        "left_with",
+    )
+
+    def __init__(self, link: Link, streams: Streams, poller: Poller, max_message_size: int) -> None:
         self._link = link
         self._streams = streams
+        self._poller = poller
         self._max_message_size = max_message_size
+        self._most = min(SMALL, max_message_size)
+        self._connection: Connection | None = None
+        self._bell = Bell()
+        self._rest = b""
+        """What has come and was not taken."""
+        self._left = False
+        """Nothing more comes."""
+        self._error: Exception | None = None
         self.left_with: Close | None = None
 
     async def read(self, connection: Connection) -> None:
         """Text frames are requests. Ends when the client leaves."""
         link = self._link
-        most = min(SMALL, self._max_message_size)
-        data = b""
-        while more := await link.receive_some(RECEIVE_BYTES):
-            data += more
-            at = taken = 0
-            try:
-                while connection.over is None and (frame := frames.take_frame(data, at, most)) is not None:
-                    if frame[0] == frames.TEXT:
-                        await self._hear(connection, frame[1])
-                    elif self._control(connection, *frame[:2]):
-                        return
-                    at, taken = frame[2], taken + 1
-                    if at < len(data):
-                        # Handlers run meanwhile: else commands that come together would find the queue full.
-                        await trio.lowlevel.checkpoint()
-            except Unusual:
-                await self._take_over(connection, data[at:])
-                return
+        self._connection = connection
+        self._rest = link.take_all()  # it has come with the handshake
+        try:
+            while await self._take_rest(connection):
+                link.watch(self._poller, self._ready)
+                await self._bell.wait()
+        finally:
+            self._connection = None
+            link.unwatch()
+
+    # In the poller's turn: nothing waits, and nothing escapes.
+
+    def _ready(self) -> None:
+        """There is something to receive. What can be done without waiting is done, the rest is left to the task."""
+        connection = self._connection
+        if connection is None or connection.over is not None:
+            self._link.unwatch()  # the task has been cancelled
+            return
+        try:
+            done = self._take_now(connection)
+        except Exception as error:
+            done, self._error = False, error
+        if not done:
+            self._link.unwatch()
+            self._bell.ring()
+
+    def _take_now(self, connection: Connection) -> bool:
+        data = self._link.receive_now(RECEIVE_BYTES)
+        if data is None:
+            return True
+        if not data:
+            self._left = True
+            return False
+        if self._rest:
+            data = self._rest + data
+        self._rest = data
+        try:
+            frame = frames.take_frame(data, 0, self._most)
+            if frame is None:
+                return True
+            kind, payload, end = frame
+            if end != len(data) or not self._hear_now(connection, kind, payload):
+                return False
+        except (Unusual, UnicodeDecodeError):
+            return False
+        self._rest = b""
+        self._streams.count_frames(connection, 1)
+        return True
+
+    def _hear_now(self, connection: Connection, kind: int, payload: bytes) -> bool:
+        """Take a frame, if nothing about it has to wait; whether that is so."""
+        if kind == frames.TEXT:
+            if connection.waiting_replies >= MAX_REPLIES:
+                return False
+            return self._streams.hear(connection, parse_frame(payload.decode()))
+        return kind != frames.CLOSE and not self._control(connection, kind, payload)
+
+    # In the connection's own task.
+
+    async def _take_rest(self, connection: Connection) -> bool:
+        """Take all whole frames that have come, waiting where that is needed; whether there may be more."""
+        if self._error is not None:
+            raise self._error
+        data = self._rest
+        at = taken = 0
+        try:
+            while connection.over is None and (frame := frames.take_frame(data, at, self._most)) is not None:
+                if frame[0] == frames.TEXT:
+                    await self._hear(connection, frame[1])
+                elif self._control(connection, *frame[:2]):
+                    return False
+                at, taken = frame[2], taken + 1
+                if at < len(data):
+                    # Handlers run meanwhile: else commands that come together would find the queue full.
+                    await trio.lowlevel.checkpoint()
+        except Unusual:
+            await self._take_over(connection, data[at:])
+            return False
+        self._rest = data[at:]
+        if taken:
             self._streams.count_frames(connection, taken)
-            if connection.over is not None:
-                return
-            data = data[at:]
+        return connection.over is None and not self._left
 
     async def _hear(self, connection: Connection, payload: bytes) -> None:
         try:
@@ -147,7 +238,7 @@ class WebSocketChannel:
         except UnicodeDecodeError:
             raise Unusual from None
         await connection.wait_reply_room()
-        await self._streams.hear(connection, parse_frame(text))
+        await self._streams.hear_and_wait(connection, parse_frame(text))
 
     def _control(self, connection: Connection, kind: int, payload: bytes) -> bool:
         """A control frame; whether it is the client's last."""
@@ -188,7 +279,7 @@ class WebSocketChannel:
                     if isinstance(message, bytes):
                         connection.end(BINARY)
                         break
-                    await self._streams.hear(connection, parse_frame(message))
+                    await self._streams.hear_and_wait(connection, parse_frame(message))
             nursery.cancel_scope.cancel()
         # RFC 6455, section 7.1.5: 1006 stands for no close frame at all.
         if websocket.closed is not None and websocket.closed.code != 1006:

@@ -55,6 +55,10 @@ class Commands(Generic[Asker]):
     def waiting(self) -> int:
         return len(self._waiting)
 
+    def has_answered(self, id: str) -> bool:
+        """Whether the answer that *id* got is known here."""
+        return id in self._answers
+
     def answered(self, id: str, digest: bytes) -> Remembered | None:
         """The answer that *id* got; a refusal if it was another command."""
         remembered = self._answers.get(id)
