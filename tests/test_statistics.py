@@ -102,8 +102,8 @@ def test_sessions_and_commands(statistics: Statistics) -> None:
     for kind in ("created", "created", "replaced", "ended"):
         statistics.session(kind)
     assert statistics.sessions() == {"created": 2, "replaced": 1, "recovered": 0, "ended": 1}
-    statistics.command(5, True)
-    statistics.command(7, False)
+    statistics.command(1000.0, 5, True)
+    statistics.command(1000.0, 7, False)
     commands = statistics.commands()
     assert (commands["count"], commands["failed"], commands["avg_ms"]) == (2, 1, 6)
 
@@ -112,7 +112,7 @@ def test_rates(statistics: Statistics, time: Time) -> None:
     statistics.published(120)
     statistics.delivered(600, [1])
     statistics.established("sse", 1)
-    statistics.command(1, True)
+    statistics.command(1000.0, 1, True)
     statistics.failed(6, "cut")
     assert statistics.rates() == {
         "window_seconds": 60,

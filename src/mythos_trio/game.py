@@ -405,6 +405,27 @@ class Gathering:
     :param ended: the session is over (`Game.on_leave` after a switch): there is nothing to subscribe.
     """
 
+    __slots__ = (
+        "_bytes",
+        "_closed",
+        "_ended",
+        "_joined",
+        "_left",
+        "_max_message_size",
+        "_now",
+        "_player_id",
+        "_randomness",
+        "_session_id",
+        "_view",
+        "disconnect_wanted",
+        "effects",
+        "new_session_wanted",
+        "reads",
+        "report",
+        "timers",
+        "writes",
+    )
+
     def __init__(
         self,
         view: View,
@@ -428,7 +449,7 @@ class Gathering:
         self._player_id = player_id
         self._session_id = session_id
         self._view = view
-        self._timestamp = rfc3339(now)
+        self._now = now
         self._randomness = randomness
         self._max_message_size = max_message_size
         self._ended = ended
@@ -484,7 +505,7 @@ class Gathering:
         type_ = _checked(call, messages.message_type, type_)
         _check_fields(call, fields)
         message_id = self._randomness.message_id()
-        body = _as_json(call, lambda: messages.make_body(message_id, type_, content, self._timestamp, fields))
+        body = _as_json(call, lambda: messages.make_body(message_id, type_, content, rfc3339(self._now), fields))
         self._check_size(call, body)
         self._gather(Append(target, message_id, body), len(body))
 

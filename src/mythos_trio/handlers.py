@@ -195,13 +195,15 @@ class Deadline:
     something open inside of it, it is left and another one is entered.
     """
 
-    __slots__ = ("_outer", "_scope", "at", "context", "task")
+    __slots__ = ("_outer", "_scope", "at", "context", "task", "waited")
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self.task: trio.lowlevel.Task | None = None
         self.at = 0.0
         """When the handler that runs is cut off, of `trio.current_time`."""
+        self.waited = False
+        """Whether the handler has waited for something."""
         self._outer = 0.0
 
     def __enter__(self) -> Deadline:
@@ -220,7 +222,7 @@ class Deadline:
         try:
             self._scope.__exit__(kind, error, trace)
         except RuntimeError as open_inside:
-            # A scope without a deadline: nothing tells of it before, and nothing has come of it.
+            # Nothing has told of it before, and nothing has come of it.
             log.warning(
                 "A handler of the game has left a cancel scope open", reason=str(open_inside).partition("\n")[0]
             )
@@ -231,17 +233,21 @@ class Deadline:
 
     def begin(self) -> None:
         """A handler begins."""
-        self.at = trio.current_time() + self.context.settings.handler_timeout
-        self.context.handlers[self] = None
+        context = self.context
+        self.at = trio.current_time() + context.settings.handler_timeout
+        self.waited = False
+        context.handlers[self] = None
 
     def end(self, error: BaseException | None) -> bool:
         """It has ended, by *error* if there is one; whether that says only that it was cut off.
 
         :raises BaseExceptionGroup: what else there is in *error*.
-        :raises RuntimeError: it has left a scope open that has a deadline, or a nursery.
+        :raises RuntimeError: it has left a nursery open, or, if it has waited, a scope with a deadline.
         """
-        del self.context.handlers[self]
-        self.context.handler_ended()
+        context = self.context
+        del context.handlers[self]
+        if context.draining:
+            context.handler_ended()
         if not self._scope.cancel_called and not self._left_open():
             return False
         kind = None if error is None else type(error)
@@ -252,7 +258,10 @@ class Deadline:
 
     def _left_open(self) -> bool:
         assert self.task is not None  # it has been entered
-        return bool(self.task.child_nurseries) or trio.current_effective_deadline() < self._outer
+        if self.task.child_nurseries:
+            return True
+        # To ask costs more than all the rest of this class: it goes up the tree of scopes.
+        return self.waited and trio.current_effective_deadline() < self._outer
 
 
 @frozen
@@ -272,7 +281,7 @@ DRAINED: Final = wire.error_body(draining().error_type, draining().message)
 """The answer to a command that a drain has kept from being run, or cut off: nothing has happened."""
 
 
-@frozen
+@define
 class SessionView:
     """What the handlers of one session may ask: the hub, and the session's own subscriptions."""
 
@@ -387,7 +396,7 @@ async def run_handler(
     """Run one handler under its deadline. Afterwards what it was handed can no longer be used."""
     deadline.begin()
     try:
-        result = await contained(call, name, player_id)
+        result = await contained(call, name, player_id, deadline)
     except BaseException as error:
         if not deadline.end(error):
             raise
@@ -421,10 +430,10 @@ def _cut_off(context: Context, gathering: Gathering, player_id: str, name: str) 
     )
 
 
-async def contained(call: Callable[[], Awaitable[T]], name: str, player_id: str) -> T:
+async def contained(call: Callable[[], Awaitable[T]], name: str, player_id: str, deadline: Deadline | None = None) -> T:
     """Run code of the game's: what escapes is an `Exception`, or Trio's `Cancelled`; what blocks is named."""
     try:
-        return await _timed(call().__await__(), name, player_id)
+        return await _timed(call().__await__(), name, player_id, deadline)
     except (Exception, trio.Cancelled):
         raise
     except BaseExceptionGroup as group:
@@ -441,7 +450,9 @@ def _ends_nothing(name: str, error: BaseException) -> GameError:
 
 
 @types.coroutine
-def _timed(steps: Generator[Any, Any, T], name: str, player_id: str) -> Generator[Any, Any, T]:
+def _timed(
+    steps: Generator[Any, Any, T], name: str, player_id: str, deadline: Deadline | None
+) -> Generator[Any, Any, T]:
     """*steps*, and a warning for those that keep everybody else waiting."""
     go: Callable[[Any], Any] = steps.send
     value: Any = None
@@ -455,6 +466,8 @@ def _timed(steps: Generator[Any, Any, T], name: str, player_id: str) -> Generato
         finally:
             if (seconds := time.perf_counter() - began) >= BLOCKED_SECONDS:
                 _warn_blocked(name, player_id, seconds)
+        if deadline is not None:
+            deadline.waited = True
         try:
             go, value = steps.send, (yield message)
         except BaseException as error:  # noqa: ASYNC103 - it is handed on above

@@ -73,7 +73,7 @@ log = logs.get("session")
 class Asker(Protocol):
     """Who waits for a command's answer: a connection, or a POST."""
 
-    def answer(self, command_id: str, body: bytes, position: int | None) -> None:
+    def offer_reply(self, command_id: str, body: bytes, position: int | None, /) -> None:
         """:param position: the reply's place: behind all messages up to it; None: at once."""
         ...
 
@@ -475,7 +475,7 @@ class LiveSession:
         digest = command_digest(request)
         remembered = self._commands.answered(id, digest)
         if remembered is not None:
-            asker.answer(id, remembered.body, remembered.position or None)
+            asker.offer_reply(id, remembered.body, remembered.position or None)
             return
         entry: Entry[Asker] = Entry(id, digest, request.content, request.kind, given=request.id is not None)
         if self._commands.submit(entry, asker):
@@ -551,7 +551,7 @@ class LiveSession:
     def _start_working(self) -> None:
         if self._working or self.nursery is None:
             return
-        if not (self._commands.waiting or self.presence.owed or self._due):
+        if not self._has_work():
             return
         self._working = True
         if self._resting is not None:
@@ -560,13 +560,12 @@ class LiveSession:
             self.nursery.start_soon(self._work, name=f"handlers of {self.player_id}")
 
     async def _work(self) -> None:
-        """Run what is owed, then commands, one at a time; then wait for more, unless too many wait (`Resting`)."""
+        """Run what there is to run; then wait for more, unless too many wait (`Resting`)."""
         bell = Bell()
         try:
             with Deadline(self._context) as deadline:
                 while self._working:
-                    while await self._run_next(deadline):
-                        pass
+                    await self._run_all(deadline)
                     self._stop_working()
                     if self._context.draining:
                         return
@@ -581,28 +580,29 @@ class LiveSession:
         if self._working:
             self._working = False
             self._tell_paid()
-            self._context.handler_ended()
+            if self._context.draining:
+                self._context.handler_ended()
 
-    async def _run_next(self, deadline: Deadline) -> bool:
-        """Run one handler, if there is something to run."""
-        # A crash may have cancelled this nursery before this task's first step: a handler begun
-        # now would run to its first wait, and the session that follows would run it again.
-        await trio.lowlevel.checkpoint_if_cancelled()
-        if self._context.draining:
-            return False
-        if self.comes_after is not None:
-            await self.comes_after.wait()
-            self.comes_after = None
-        elif self.presence.owed:
-            if not await self._pay_presence(deadline) and not self._context.draining:
-                await trio.sleep(RETRY_SECONDS)
-        elif self._due:
-            await self._fire(self._due.pop(0), deadline)
-        elif (entry := self._commands.next()) is not None:
-            await self._run_command(entry, deadline)
-        else:
-            return False
-        return True
+    async def _run_all(self, deadline: Deadline) -> None:
+        """Run what is owed, then what is due, then commands, one at a time, until there is nothing left."""
+        context, commands = self._context, self._commands
+        while self._has_work() and not context.draining:
+            # A crash may have cancelled this nursery before this task's first step: a handler begun
+            # now would run to its first wait, and the session that follows would run it again.
+            await trio.lowlevel.checkpoint_if_cancelled()
+            if self.comes_after is not None:
+                await self.comes_after.wait()
+                self.comes_after = None
+            elif self.presence.owed:
+                if not await self._pay_presence(deadline) and not context.draining:
+                    await trio.sleep(RETRY_SECONDS)
+            elif self._due:
+                await self._fire(self._due.pop(0), deadline)
+            elif (entry := commands.next()) is not None:
+                await self._run_command(entry, deadline)
+
+    def _has_work(self) -> bool:
+        return bool(self._commands.waiting or self.presence.owed or self._due)
 
     def _tell_paid(self) -> None:
         if self._paid is not None:
@@ -697,21 +697,21 @@ class LiveSession:
         except Refusal as refusal:
             self._answer(entry, wire.error_body(refusal.error_type, refusal.message), None, None)
             return
-        body, position, remembered = self._answer_for(entry, body, outcome)
+        now = trio.current_time()
+        body, position, remembered = self._answer_for(entry, body, outcome, now)
         self._answer(entry, body, position, remembered)
-        self._context.statistics.command((trio.current_time() - started) * 1000, ok)
+        self._context.statistics.command(now, (now - started) * 1000, ok)
         if remembered is not None:
             self._carry_out(gathering)
 
     def _answer(self, entry: Entry[Asker], body: bytes, position: int | None, remembered: Remembered | None) -> None:
         for asker in self._commands.finish(entry, remembered):
-            asker.answer(entry.id, body, position)
+            asker.offer_reply(entry.id, body, position)
 
     def _answer_for(
-        self, entry: Entry[Asker], body: bytes, outcome: Committed | Refused | None
+        self, entry: Entry[Asker], body: bytes, outcome: Committed | Refused | None, now: float
     ) -> tuple[bytes, int | None, Remembered | None]:
         """What became of a command: (reply, its place, what to remember)."""
-        now = trio.current_time()
         if outcome is None:
             return body, None, Remembered(entry.digest, body, now, 0)
         if isinstance(outcome, Committed):
@@ -765,4 +765,4 @@ class LiveSession:
 def _answer_all(entries: list[Entry[Asker]], body: bytes) -> None:
     for entry in entries:
         for asker in entry.askers:
-            asker.answer(entry.id, body, None)
+            asker.offer_reply(entry.id, body, None)

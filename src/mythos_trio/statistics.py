@@ -235,11 +235,11 @@ class Statistics:
     def loop_lag(self, ms: float) -> None:
         self._lag.add(ms)
 
-    def command(self, ms: float, ok: bool) -> None:
-        """A handler took *ms* for a command."""
+    def command(self, now: float, ms: float, ok: bool) -> None:
+        """A handler took *ms* for a command, until *now*."""
         self._commands.add(ms)
         self._commands_failed += not ok
-        self._rates.commands.add(self._now(), 1)
+        self._rates.commands.add(now, 1)
 
     def ran(self) -> None:
         """A handler, of whatever kind, has been begun."""

@@ -515,7 +515,7 @@ class Streams:
 
     def count_frames(self, connection: Connection, frames: int) -> None:
         """So many frames have come. Beyond the rate the connection ends."""
-        wait = self._frames.take(connection.player_id, trio.current_time(), frames)
+        wait = self._frames.take(connection.player_id, connection.link.last_received, frames)
         if wait:
             connection.end(RATE, retry_ms=int(wait * 1000) + 1)
 
@@ -530,7 +530,7 @@ class Streams:
                     return False
                 if self._admit(connection, request):
                     try:
-                        connection.session.submit_now(request, ConnectionAsker(connection))
+                        connection.session.submit_now(request, connection)
                     except Refusal as refusal:
                         reply_error(connection, request.id, refusal)
             case Ack(position):
@@ -550,14 +550,14 @@ class Streams:
         assert isinstance(request, Command)  # nothing else is in the store
         if self._admit(connection, request):
             try:
-                await connection.session.submit(request, ConnectionAsker(connection))
+                await connection.session.submit(request, connection)
             except Refusal as refusal:
                 reply_error(connection, request.id, refusal)
 
     def _admit(self, connection: Connection, command: Command) -> bool:
         """Count a command against the rate; whether it may be carried out. Who does not heed the refusals is ended."""
         try:
-            self.take_command(connection.player_id)
+            self.take_command(connection.player_id, connection.link.last_received)
         except Refusal as refusal:
             reply_error(connection, command.id, refusal)
             if self._abuse.take(connection.player_id, trio.current_time()):
@@ -565,9 +565,9 @@ class Streams:
             return False
         return True
 
-    def take_command(self, player_id: str) -> None:
-        """Count a command of the player; refuse it beyond the rate."""
-        wait = self._commands.take(player_id, trio.current_time())
+    def take_command(self, player_id: str, when: float) -> None:
+        """Count a command of the player that came at *when*; refuse it beyond the rate."""
+        wait = self._commands.take(player_id, when)
         if wait:
             settings = self._context.settings
             raise Refusal(
@@ -609,16 +609,6 @@ class Streams:
             connection.end(BAD_TOKEN)
         else:
             connection.expires_at = claims.expires_at
-
-
-@frozen
-class ConnectionAsker:
-    """A command that came over a connection is answered there."""
-
-    connection: Connection
-
-    def answer(self, command_id: str, body: bytes, position: int | None) -> None:
-        self.connection.offer_reply(command_id, body, position)
 
 
 def _debug_state(connection: Connection, state: str) -> None:

@@ -32,7 +32,7 @@ from mythos_trio.connection import MAX_REPLIES
 from mythos_trio.core import frames, wire
 from mythos_trio.core.errors import BINARY, Close, ErrorType, Refusal
 from mythos_trio.core.frames import FrameScanner, Unusual
-from mythos_trio.core.requests import parse_frame
+from mythos_trio.core.requests import parse_frame, parse_payload
 from mythos_trio.streams import Streams
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ class WebSocketChannel:
         if kind == frames.TEXT:
             if connection.waiting_replies >= MAX_REPLIES:
                 return False
-            return self._streams.hear(connection, parse_frame(payload.decode()))
+            return self._streams.hear(connection, parse_payload(payload))
         return kind != frames.CLOSE and not self._control(connection, kind, payload)
 
     # In the connection's own task.
@@ -234,11 +234,11 @@ class WebSocketChannel:
 
     async def _hear(self, connection: Connection, payload: bytes) -> None:
         try:
-            text = payload.decode()
+            request = parse_payload(payload)
         except UnicodeDecodeError:
             raise Unusual from None
         await connection.wait_reply_room()
-        await self._streams.hear_and_wait(connection, parse_frame(text))
+        await self._streams.hear_and_wait(connection, request)
 
     def _control(self, connection: Connection, kind: int, payload: bytes) -> bool:
         """A control frame; whether it is the client's last."""

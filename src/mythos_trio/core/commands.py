@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any, Final, Generic, TypeVar
 
-from attrs import define, field, frozen
+import msgspec
+from attrs import define, field
 
 from mythos_trio.core.errors import ErrorType, Refusal
 
@@ -29,8 +30,7 @@ class Entry(Generic[Asker]):
     """Whether the client gave the id: only then is the answer kept."""
 
 
-@frozen
-class Remembered:
+class Remembered(msgspec.Struct, frozen=True):
     digest: bytes
     body: bytes
     at: float

@@ -121,10 +121,14 @@ def decode_json(data: bytes | str) -> Any:
         raise _not_json("it is not UTF-8") from None
     except msgspec.DecodeError as error:
         raise _not_json(_explain(error, data)) from None
-    # Counting is quick, walking is not: most messages have few brackets.
-    if data.count(b"{") + data.count(b"[") > MAX_DEPTH and _is_deep(value):
+    if may_be_deep(data) and _is_deep(value):
         raise _too_deep()
     return value
+
+
+def may_be_deep(data: bytes) -> bool:
+    """Counting is quick, walking is not: most messages have few brackets."""
+    return data.count(b"{") + data.count(b"[") > MAX_DEPTH
 
 
 def _is_deep(value: Any) -> bool:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from hashlib import blake2b
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 from attrs import frozen
 
 from mythos_trio.core import names
 from mythos_trio.core.errors import Refusal, invalid
-from mythos_trio.core.messages import decode_json
+from mythos_trio.core.messages import decode_json, may_be_deep
 from mythos_trio.core.position import Position, parse_position
 
 
-@frozen
-class Command:
+class Command(msgspec.Struct, frozen=True):
     """*id* is None if the client gave none; *kind* is ``command``, ``subscribe`` or ``unsubscribe``
     (the latter two are commands too: one at a time, in order, each id once)."""
 
@@ -60,6 +59,33 @@ _FIELDS: Final[Mapping[str, frozenset[str]]] = {
     "unsubscribe": frozenset({"type", "id", "channel"}),
     "auth": frozenset({"type", "id", "token"}),
 }
+
+
+class _Said(msgspec.Struct, forbid_unknown_fields=True):
+    """What clients nearly always say."""
+
+    type: Literal["command"]
+    content: Any
+    id: str | None = None
+
+
+_decode_said: Final = msgspec.json.Decoder(_Said).decode
+
+
+def parse_payload(payload: bytes) -> ClientRequest:
+    """The request in a text frame's payload.
+
+    A command is taken as it is decoded, 1 µs quicker; all else, and what is wrong with it, is for `parse_frame`.
+
+    :raises UnicodeDecodeError: it is not UTF-8.
+    """
+    try:
+        said = _decode_said(payload)
+        if not may_be_deep(payload):
+            return Command(None if said.id is None else names.message_id(said.id), said.content)
+    except (msgspec.DecodeError, UnicodeError, RecursionError, Refusal):
+        pass
+    return parse_frame(payload.decode())
 
 
 def parse_frame(text: str) -> ClientRequest:
