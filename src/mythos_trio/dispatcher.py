@@ -265,8 +265,8 @@ def delivered_fields(message: Message, ms: float) -> dict[str, object]:
         "seq": message.seq,
         "delivery_time_ms": round(ms, 3),
         "receivers": message.receivers,
+        **names.target_fields(message.target),
     }
-    fields |= names.target_fields(message.target)
     if "player_id" not in fields:
         fields["players"] = message.players
     return fields

@@ -374,11 +374,11 @@ class Front:
             # Else whoever keeps thousands takes everybody's descriptors for IDLE_SECONDS.
             next(iter(self._idle)).let_go()
         self._idle[kept] = None
-        kept.tended.at(IDLE)
+        kept.tended.at(IDLE, kept.since)
 
     def is_asked(self, kept: Kept) -> None:
         del self._idle[kept]
-        kept.tended.at(REQUEST)
+        kept.tended.at(REQUEST, kept.since)
         self._answering += 1
 
     def is_answered(self, kept: Kept) -> None:

@@ -71,11 +71,10 @@ class Kept:
     """A connection between the requests that its task serves."""
 
     __slots__ = (
-        "_asked_at",
+        "_asked",
         "_begun",
         "_clock",
         "_held",
-        "_idle_since",
         "_over",
         "_poller",
         "_repeated",
@@ -83,6 +82,7 @@ class Kept:
         "_visitor",
         "_woken",
         "error",
+        "since",
         "tended",
     )
 
@@ -90,6 +90,8 @@ class Kept:
         self.tended = tended
         self.error: Exception | None = None
         """What has escaped while a request was served that was taken here."""
+        self.since = 0.0
+        """Since when it has been idle, or asked (`trio.current_time`)."""
         self._server = server
         self._poller = poller
         self._clock = clock
@@ -97,8 +99,7 @@ class Kept:
         self._visitor: Visitor | None = None
         self._woken = trio.Event()
         self._begun = b""
-        self._idle_since = 0.0
-        self._asked_at: float | None = None
+        self._asked = False
         self._held = False
         self._over = False
 
@@ -129,7 +130,7 @@ class Kept:
         finally:
             link.unwatch()
             self._server.wakes(self)
-            if self._asked_at is not None:  # too late, or cancelled
+            if self._asked:  # too late, or cancelled
                 self._over = True
                 self._leave_request()
         return self._begun
@@ -156,7 +157,7 @@ class Kept:
     def crashed(self, error: Exception) -> None:
         if self._over:
             return
-        if self._asked_at is not None:
+        if self._asked:
             self._leave_request()
         self.error = error
         self._wake(b"")
@@ -164,11 +165,11 @@ class Kept:
     # Within.
 
     def _idle(self) -> None:
-        self._idle_since = trio.current_time()
+        self.since = trio.current_time()
         self._server.idles(self)
 
     def _leave_request(self) -> None:
-        self._asked_at = None
+        self._asked = False
         self._server.is_answered(self)
 
     def _wake(self, begun: bytes) -> None:
@@ -181,7 +182,7 @@ class Kept:
     def _on_readable(self) -> None:
         if self._woken.is_set():
             return
-        if self._asked_at is not None:
+        if self._asked:
             # It sends on, or leaves, before it has its answer: one thing after the other.
             self._held = True
             self.tended.link.unwatch()
@@ -205,7 +206,8 @@ class Kept:
         body = repeated.body(data)
         if body is None or (visitor.expires_at is not None and self._clock.now() >= visitor.expires_at):
             return False
-        self._asked_at = trio.current_time()
+        self._asked = True
+        self.since = self.tended.link.last_received
         self._server.is_asked(self)
         if self._server.take(repeated.head, visitor, body, self):
             return True
@@ -221,10 +223,10 @@ class Kept:
 
     def _due(self) -> float:
         """When it has been idle, or without an answer, for too long."""
-        return self._idle_since + IDLE_SECONDS if self._asked_at is None else self._asked_at + ANSWER_SECONDS
+        return self.since + (ANSWER_SECONDS if self._asked else IDLE_SECONDS)
 
     def _end_late(self) -> None:
         head = self.head
-        if self._asked_at is not None and head is not None:
+        if self._asked and head is not None:
             self.tended.link.try_send(self._server.too_late(head))
         self._wake(b"")

@@ -101,9 +101,9 @@ class Tended:
     since: float = field(factory=trio.current_time)
     task: trio.lowlevel.Task | None = None
 
-    def at(self, stage: str) -> None:
+    def at(self, stage: str, since: float | None = None) -> None:
         self.stage = stage
-        self.since = trio.current_time()
+        self.since = trio.current_time() if since is None else since
 
 
 @frozen

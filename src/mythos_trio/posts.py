@@ -6,13 +6,13 @@ FastAPI, and its answer cannot be timed out.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
 import trio
-from attrs import frozen
+from attrs import define
 
 from mythos_trio import http1, logs
 from mythos_trio.core import names, wire
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 log = logs.get("delivery")
 
 MESSAGES: Final = "/api/messages"
+_FIELDS: Final = frozenset({"player_id", "channel", "broadcast", "message"})
+_TO_ONE_PLAYER: Final = frozenset({"player_id", "message"})
 # A batch of small messages: the bound of one transaction, with room for JSON's overhead.
 MAX_BODY: Final = 2 << 20
 BODY_SECONDS: Final = 30.0
@@ -54,7 +56,8 @@ ANSWER_SECONDS: Final = 20.0
 _NOT_RUN: Final[Mapping[str, int]] = {ErrorType.PERSISTENCE: 503, ErrorType.CAPACITY: 503, ErrorType.SESSION: 409}
 
 
-@frozen
+# Not frozen, as others that are made for each message: to set an attribute of a frozen one costs three times as much.
+@define
 class _Item:
     """One publication of a request."""
 
@@ -64,7 +67,7 @@ class _Item:
     digest: bytes | None
 
 
-@frozen
+@define
 class _Publication:
     """What one request publishes. *key*: its ``Idempotency-Key``."""
 
@@ -232,9 +235,6 @@ class Posts:
     def _item(self, entry: object, index: int, key: str | None) -> _Item:
         if not isinstance(entry, dict):
             raise invalid('a publication is an object: {"player_id": …, "message": {…}}')
-        unknown = entry.keys() - {"player_id", "channel", "broadcast", "message"}
-        if unknown:
-            raise invalid(f"unknown field {min(unknown)!r}", field=min(unknown))
         target = _target(entry)
         message = check_message(entry.get("message"), self._context.settings.max_message_size)
         id = message.id
@@ -358,6 +358,9 @@ def longest_request(settings: Settings) -> float:
 
 
 def _target(entry: Mapping[str, Any]) -> str:
+    if entry.keys() == _TO_ONE_PLAYER:  # as nearly always
+        return names.to_player(names.player_id(entry["player_id"]))
+    _check_fields(entry, _FIELDS)
     given = [name for name in ("player_id", "channel", "broadcast") if name in entry]
     if len(given) != 1:
         raise invalid('name one target: "player_id", "channel" or "broadcast": true', field="player_id")
@@ -371,7 +374,7 @@ def _target(entry: Mapping[str, Any]) -> str:
     raise invalid('"broadcast" is true or absent', field="broadcast")
 
 
-def _check_fields(value: Mapping[str, Any], known: set[str]) -> None:
+def _check_fields(value: Mapping[str, Any], known: Set[str]) -> None:
     unknown = value.keys() - known
     if unknown:
         raise invalid(f"unknown field {min(unknown)!r}", field=min(unknown))

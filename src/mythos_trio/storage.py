@@ -476,7 +476,7 @@ class Storage:
         self.commits += 1
         for transaction, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, Committed):
-                appends = sum(isinstance(effect, Append) for effect in transaction.effects)
+                appends = sum([type(effect) is Append for effect in transaction.effects])
                 self.messages += appends - len(outcome.duplicates)
 
     # Reading half.

@@ -8,7 +8,7 @@ from hashlib import blake2b
 from typing import Any, Final
 
 import msgspec
-from attrs import field, frozen
+from attrs import define, field
 
 from mythos_trio.core import names
 from mythos_trio.core.errors import ErrorType, Refusal, invalid
@@ -31,7 +31,7 @@ _decode: Final = msgspec.json.Decoder().decode
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-@frozen
+@define
 class PublisherMessage:
     """A publisher's message that may be stored.
 

@@ -21,7 +21,8 @@ MAX_EFFECTS: Final = 1000
 MAX_EFFECT_BYTES: Final = 1 << 20
 
 
-@frozen
+# Not frozen: there is one for each message, and to set an attribute of a frozen one costs three times as much.
+@define
 class Append:
     """A message to a target (`names.to_player`, `names.to_channel` or `names.EVERYONE`).
 
@@ -209,7 +210,7 @@ class Refused:
     """Of an `Admit` to a session that has ended."""
 
 
-@frozen
+@define
 class Committed:
     """The transaction is stored.
 

@@ -74,7 +74,7 @@ def _is_plain(transaction: Transaction) -> bool:
         return False
     if transaction.reads or transaction.writes or transaction.timers or transaction.fired is not None:
         return False
-    return all(type(effect) is Append for effect in transaction.effects)
+    return False not in [type(effect) is Append for effect in transaction.effects]
 
 
 def _adds(transaction: Transaction) -> bool:
@@ -127,7 +127,7 @@ class Batch:
             self.db.execute("DELETE FROM messages WHERE seq >= ?", (first,))
             return [self._one(transaction) for transaction in run]
         self.next = number
-        self.stored += [(row[2], len(row[3])) for row in rows]
+        self.stored += [(target, len(body)) for _, _, target, body, _, _ in rows]
         return outcomes
 
     def _one(self, transaction: Transaction) -> Outcome:
