@@ -143,10 +143,13 @@ class Hub:
             count = 0
             match effect:
                 case Append():
-                    count = self._count_connections(effect.target)
+                    receivers = self._receivers(effect.target)
+                    count = sum([len(session.connections) for session in receivers])
+                    if effect.target == names.EVERYONE:
+                        count = len(self.connections)
                     if index not in outcome.duplicates:
                         message = Message(seq, effect.id, effect.target, effect.body)
-                        self._deliver(message)
+                        self._deliver(message, receivers)
                         messages.append(message)
                 case Subscribe():
                     self._subscribe(effect, seq)
@@ -189,27 +192,22 @@ class Hub:
             return () if session is None else (session,)
         return self.channels.get(target[1:], ())
 
-    def _count_connections(self, target: str) -> int:
-        if target == names.EVERYONE:
-            return len(self.connections)
-        return sum(len(session.connections) for session in self._receivers(target))
-
-    def _deliver(self, message: Message) -> None:
+    def _deliver(self, message: Message, receivers: Collection[LiveSession]) -> None:
         """Let the next round write it, and all logs have it when somebody looks into them."""
         target = message.target
         if target == names.EVERYONE:
             self.everyone.append(message)
             self.fresh.everyone.append(message)
             return
-        receivers = self._receivers(target)
         self.fresh.add(message, receivers)
         if not target.startswith("@"):
             if receivers:
                 self.topics[target[1:]].append(message)
             return
         for session in receivers:
-            if session.log is not None:
-                session.log.append(message)
+            log = session.log
+            if log is not None:
+                log.append(message)
 
     def _subscribe(self, effect: Subscribe, seq: int) -> None:
         session = self.live(effect.player_id, effect.session_id)
