@@ -25,6 +25,7 @@ from mythos_trio.core.data import Write
 from mythos_trio.core.position import Epoch
 from mythos_trio.core.transaction import Append, Committed, Outcome, Reason, Refused, SetTimer, Transaction
 from mythos_trio.sqlite import SqliteDatabase, database
+from mythos_trio.sqlite.checkpoints import BACKSTOP_PAGES, STEP_ROWS
 from mythos_trio.sqlite.files import read_boot_id
 from mythos_trio.sqlite.schema import APPLICATION_ID, SCHEMA
 from mythos_trio.storage import ConnectionRow, Notes, StoreError, StoreUnusable
@@ -676,3 +677,79 @@ def test_a_store_that_is_still_held_can_be_waited_for(tmp_path: Path) -> None:
         follower.close()
     finally:
         timer.join()
+
+
+# Checkpoints.
+
+
+def fill(store: Bench, start: int, count: int) -> None:
+    for first in range(start, start + count, 100):
+        store.try_(*(message(f"{n}-{'x' * 90}") for n in range(first, first + 100)))
+
+
+def log_file(store: Bench) -> int:
+    assert isinstance(store.db, SqliteDatabase)
+    return Path(f"{store.db.path}-wal").stat().st_size
+
+
+def test_a_checkpoint_beside_the_writer_is_a_step_when_enough_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bench(SqliteKind(), tmp_path) as store:
+        said: list[str] = []
+        checkpoints = store.db._checkpoints  # type: ignore[attr-defined]
+        checkpoints._keeper.set_trace_callback(said.append)
+        store.db.checkpoint()
+        fill(store, 0, STEP_ROWS - 200)
+        store.db.checkpoint()
+        assert said == []
+        fill(store, STEP_ROWS, 300)
+        store.db.checkpoint()
+        store.db.checkpoint()
+        assert len(said) == 1
+
+
+def test_a_long_log_begins_anew_while_commits_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mythos_trio.sqlite.checkpoints.LONG_PAGES", 600)
+    with bench(SqliteKind(), tmp_path) as store:
+        stop = threading.Event()
+
+        def keep() -> None:
+            while not stop.wait(0.001):
+                store.db.checkpoint()
+
+        keeper = threading.Thread(target=keep)
+        keeper.start()
+        sizes = []
+        try:
+            for n in range(0, 40_000, 400):
+                fill(store, n, 400)
+                sizes.append(log_file(store))
+        finally:
+            stop.set()
+            keeper.join()
+        assert max(sizes) < BACKSTOP_PAGES * 4096 / 4
+        assert store.db.find_message(f"39999-{'x' * 90}") is not None
+        assert store.db.find_message(f"0-{'x' * 90}") is not None
+
+
+def test_without_anybody_who_calls_for_checkpoints_the_log_is_bounded_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mythos_trio.sqlite.database.BACKSTOP_PAGES", 600)
+    with bench(SqliteKind(), tmp_path) as store:
+        fill(store, 0, 10_000)
+        assert log_file(store) < 1200 * 4096
+
+
+def test_a_checkpoint_that_fails_harms_no_commit(failing: tuple[Bench, FailingConnection]) -> None:
+    store, _ = failing
+    checkpoints = store.db._checkpoints  # type: ignore[attr-defined]
+    checkpoints._keeper.close()
+    fill(store, 0, STEP_ROWS + 100)
+    with pytest.raises(StoreError):
+        store.db.checkpoint()
+    store.commit(message("a"))
+    store.db.close()
+    with pytest.raises(StoreError):
+        store.db.checkpoint()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Collection
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from attrs import frozen
@@ -296,18 +297,24 @@ class Hub:
     @property
     def waiting_notes(self) -> int:
         """How much has gathered to be written behind."""
-        return len(self._marks) + len(self._opened) + len(self._closed) + len(self._last_online)
+        marks = sum(map(len, self._marks.values()))
+        return marks + len(self._opened) + len(self._closed) + len(self._last_online)
 
-    def notes(self) -> Notes | None:
-        """What has gathered to be written behind; None if nothing has."""
+    def notes(self, limit: int) -> Notes | None:
+        """What has gathered first to be written behind, of each kind *limit* at most; None if nothing has."""
         if not (self._marks or self._opened or self._closed or self._last_online):
             return None
-        seen = {
-            (player_id, session_id): mark
+        marks = (
+            ((player_id, session_id), mark)
             for player_id, marks in self._marks.items()
             for session_id, mark in marks.items()
-        }
-        return Notes(seen, tuple(self._opened.values()), tuple(self._closed), dict(self._last_online))
+        )
+        return Notes(
+            dict(islice(marks, limit)),
+            tuple(islice(self._opened.values(), limit)),
+            tuple(self._closed[:limit]),
+            dict(islice(self._last_online.items(), limit)),
+        )
 
     def noted(self, notes: Notes) -> None:
         """*notes* are stored: forget them, but not what has changed since."""

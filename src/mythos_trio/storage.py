@@ -15,7 +15,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import trio
 from attrs import define, field, frozen
@@ -42,8 +42,9 @@ class StoreUnusable(Exception):
     """The store cannot be opened at all: held by another process, not ours, too new. Exit code 4."""
 
 
-@frozen
-class StoredMessage:
+class StoredMessage(NamedTuple):
+    """A tuple: hundreds are read for each player that comes back."""
+
     seq: int
     id: str
     target: str
@@ -190,6 +191,12 @@ class Database(Protocol):
         """One slice of clean-up in one short commit: about *slice_rows* rows are removed."""
         ...
 
+    # Beside both.
+
+    def checkpoint(self) -> None:
+        """A step of what the store has put off so that commits are quick; mostly there is nothing to do."""
+        ...
+
     # Reading half.
 
     def read(self, player_id: str, session_id: str, after: int, upto: int, limit: int) -> Chunk:
@@ -232,10 +239,11 @@ class Database(Protocol):
 
 class Runner(Protocol):
     """Where the database's calls run. Calls of `write` never overlap, and run in the order in which
-    they were made; `read` may run beside them."""
+    they were made; `read` may run beside them, and beside both one call of `aside`, which may take long."""
 
     async def write(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
     async def read(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+    async def aside(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
 
 
 @define(eq=False)
@@ -302,7 +310,7 @@ def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
 
 
 class ThreadRunner:
-    """One writer thread, *readers* reader threads.
+    """One writer thread, *readers* reader threads, and one for what is done aside.
 
     A cancelled call is left behind at once, so that a disk that hangs cannot keep the process; the
     thread goes on, and the next write waits for it.
@@ -311,6 +319,7 @@ class ThreadRunner:
     def __init__(self, readers: int = 2) -> None:
         self._writer = _Threads("store-writer", 1)
         self._readers = _Threads("store-reader", readers)
+        self._aside = _Threads("store-aside", 1)
 
     async def write(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await self._writer.run(partial(call, *args, **kwargs))
@@ -318,16 +327,20 @@ class ThreadRunner:
     async def read(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await self._readers.run(partial(call, *args, **kwargs))
 
+    async def aside(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._aside.run(partial(call, *args, **kwargs))
+
     def close(self) -> None:
         """Nothing may be asked afterwards."""
         self._writer.close()
         self._readers.close()
+        self._aside.close()
 
 
 class InlineRunner:
     """Runs the calls in the event loop: virtual time does not know of threads.
 
-    *hook* is awaited before each call, with ``"write"`` or ``"read"``: it may sleep (a slow disk), or
+    *hook* is awaited before each call of `write` or `read`, with its name: it may sleep (a slow disk), or
     raise `StoreError` (a broken one).
     """
 
@@ -342,6 +355,10 @@ class InlineRunner:
 
     async def read(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         await self._wait("read")
+        return call(*args, **kwargs)
+
+    async def aside(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        await trio.lowlevel.checkpoint()
         return call(*args, **kwargs)
 
     async def _wait(self, kind: str) -> None:
@@ -444,6 +461,12 @@ class Storage:
 
     async def note(self, notes: Notes) -> None:
         await self._write(self._database.note, notes)
+
+    async def checkpoint(self) -> None:
+        """
+        :raises StoreError: it cannot be done now. Nothing is lost by that, and a write tells of the trouble.
+        """
+        await self._runner.aside(self._database.checkpoint)
 
     async def clean(self, bounds: Bounds, *, slice_rows: int = 500) -> Cleaned:
         return await self._write(self._database.clean, self._clock.now(), bounds, slice_rows=slice_rows)

@@ -277,6 +277,10 @@ class Disk:
         await self._wait()
         return result
 
+    async def aside(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        await trio.lowlevel.checkpoint()
+        return call(*args, **kwargs)
+
     async def _hang(self, where: str) -> None:
         while self.hangs == where:
             await self.mended.wait()

@@ -179,6 +179,10 @@ class Disk:
         await self._wait()
         return result
 
+    async def aside(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        await trio.lowlevel.checkpoint()
+        return call(*args, **kwargs)
+
     async def _wait(self) -> None:
         if self._chance.random() < 0.5:
             await trio.lowlevel.checkpoint()

@@ -16,6 +16,7 @@ from mythos_trio.core.data import Value
 from mythos_trio.core.position import Epoch, Epochs
 from mythos_trio.core.transaction import Outcome, Reason, Refused, SetTimer, Transaction
 from mythos_trio.seams import rfc3339
+from mythos_trio.sqlite.checkpoints import BACKSTOP_PAGES, Checkpoints
 from mythos_trio.sqlite.failures import is_environment, store_error, store_errors
 from mythos_trio.sqlite.files import (
     ProcessLock,
@@ -95,6 +96,7 @@ class SqliteDatabase(ReadingHalf):
         self._lock = ProcessLock(Path(f"{self.path}.lock"))
         self._db: sqlite3.Connection | None = None
         self._readers: queue.LifoQueue[sqlite3.Connection] | None = None
+        self._checkpoints: Checkpoints | None = None
         self._file: tuple[int, int] | None = None
         self._forget()
 
@@ -178,6 +180,9 @@ class SqliteDatabase(ReadingHalf):
                 # One that is still reading in its thread is left to it.
                 with contextlib.suppress(queue.Empty, sqlite3.Error):
                     readers.get(timeout=self._busy_seconds).close()
+        checkpoints, self._checkpoints = self._checkpoints, None
+        if checkpoints is not None:
+            checkpoints.close(self._busy_seconds)
         db, self._db = self._db, None
         if db is not None:
             with contextlib.suppress(sqlite3.Error):
@@ -207,9 +212,7 @@ class SqliteDatabase(ReadingHalf):
             "cache_size = -32768",
             "temp_store = MEMORY",
             "secure_delete = FAST",
-            # 64 MB: pages that many commits touch are written back once, and its fsync, which holds every commit
-            # up for 50-200 ms here, comes seldom: with 16 MB a hundred players got a sixth fewer commands through.
-            "wal_autocheckpoint = 16384",
+            f"wal_autocheckpoint = {BACKSTOP_PAGES}",
             "journal_size_limit = 67108864",
             f"synchronous = {self._synchronous}",
         ):
@@ -246,6 +249,7 @@ class SqliteDatabase(ReadingHalf):
             self._readers.put(reader)
             reader.execute("PRAGMA query_only = ON")
             reader.execute("PRAGMA cache_size = -8192")
+        self._checkpoints = Checkpoints(self._open_connection())
 
     def _recover(self, now: float) -> Recovered:
         db = self._writer
@@ -338,6 +342,8 @@ class SqliteDatabase(ReadingHalf):
                 roll_back(db)
                 if not self._has_happened(db, number):
                     raise
+            if self._checkpoints is not None:
+                self._checkpoints.committed(db)
         finally:
             if fsync:
                 # If this fails, later commits are slower than they need to be.
@@ -432,6 +438,8 @@ class SqliteDatabase(ReadingHalf):
 
     def _keep_house(self, now: float) -> None:
         """What has to be done every so often, before a commit."""
+        if self._checkpoints is not None:
+            self._checkpoints.finish(self._writer)
         if len(self._uncounted) > MAX_UNCOUNTED_TARGETS or self._next - self._counted > MAX_UNCOUNTED:
             with self._transaction() as db:
                 self._write_counts(db)
@@ -516,6 +524,13 @@ class SqliteDatabase(ReadingHalf):
             ],
         )
         db.executemany("DELETE FROM connections WHERE connection_id = ?", [(id_,) for id_ in notes.closed])
+
+    def checkpoint(self) -> None:
+        checkpoints = self._checkpoints
+        if checkpoints is None:
+            raise StoreError("the database is not open")
+        with store_errors():
+            checkpoints.run()
 
     def clean(self, now: float, bounds: Bounds, *, slice_rows: int = 500) -> Cleaned:
         with store_errors():
