@@ -11,7 +11,6 @@ back; marks are stored and the store is closed in order.
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import resource
 import signal
@@ -34,6 +33,7 @@ from mythos_trio.core.rates import return_ms
 from mythos_trio.dispatcher import Dispatcher, Failure
 from mythos_trio.front import HEAD_SECONDS, Front
 from mythos_trio.game import Game, load_game
+from mythos_trio.garbage import Garbage
 from mythos_trio.handlers import Background, Context, GameRunner, WorldTimers
 from mythos_trio.handover import Notifier
 from mythos_trio.hub import Hub
@@ -71,10 +71,6 @@ ANSWER_SECONDS: Final = 1.0
 LINGER_SECONDS: Final = 2.0
 # How long a predecessor that drains is waited for, on top of DRAIN_TIMEOUT.
 TAKE_OVER_SECONDS: Final = 10.0
-
-# When the collector of garbage comes (`gc.set_threshold`): what connections and messages leave behind is freed without
-# it, but for a few tracebacks, so it need not come after every 700 new objects.
-GARBAGE: Final = (5000, 20, 100)
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
@@ -385,11 +381,6 @@ def run(
     if stands_by is not None:
         stands_by()
     outside = _Outside(announce, hang_up, notifier or Notifier())
-    # Modules, classes and functions, 80,000 objects, stay as long as the process: the garbage collector need not go
-    # through them each time. (A full collection is one pause of the event loop: 60 ms with 100 players, now 7.)
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*GARBAGE)
     runner = ThreadRunner()
     try:
         return trio.run(_main, settings, game, database, runner, listeners, outside)
@@ -432,17 +423,20 @@ async def _main(
         randomness=SystemRandomness(),
         statistics=statistics,
     )
+    garbage = Garbage(lambda: len(server.hub.connections) + len(server.hub.sessions))
     lingering = threading.Timer(LINGER_SECONDS, lambda: _end_without_the_game(server.exit_code))
     lingering.daemon = True
     server.on_drained = lingering.start
     # Outside of a nursery: a failed start is one error, not a group.
     await server.open()
+    garbage.start()
     async with trio.open_nursery() as nursery:
         await nursery.start(_hear_signals, server, outside)
         nursery.start_soon(_announce_when_ready, server, listeners, outside)
         code = await server.serve(listeners)
         lingering.cancel()
         nursery.cancel_scope.cancel()
+    garbage.stop()
     return code
 
 
