@@ -25,6 +25,7 @@ connections carry it at the same time. The map, from the outside in:
 ``testing``                               scenes of a game in virtual time, for its tests
 ``config``, ``logs``, ``statistics``      settings; what is logged; what is counted
 ``seams``, ``machine``                    wall clock and randomness; what the machine says of itself
+``garbage``, ``turns``                    pauses of the event loop, kept short
 ``bell``                                  how a plain function wakes a task
 ``core``                                  the rules: values in, values out
 ========================================  ========================================================================

@@ -43,7 +43,7 @@ from mythos_trio.core.transaction import (
     Transaction,
     Unsubscribe,
 )
-from mythos_trio.dispatcher import Submission, log_delivered, refusal_of
+from mythos_trio.dispatcher import Submission, log_mail, refusal_of
 from mythos_trio.game import Command, Gathering
 from mythos_trio.handlers import (
     DRAINED,
@@ -416,22 +416,20 @@ class LiveSession:
         if messages[-1].seq <= upto:
             return
         count = 0
+        mail: list[Message] = []
         for message in messages:
             if message.seq > upto:
                 count += 1
                 message.received_by(self.player_id)
                 if message.accepted_at:
-                    self._log_mail(message)
+                    mail.append(message)
         deliveries.wrote(messages[-1].seq, count)
         if self.lead is not None and self._log is not None:
             # In the middle of a round that has not come to the lead.
             self._told_index = max(self._told_index, self._log.locate(deliveries.upto) or 0)
-
-    def _log_mail(self, message: Message) -> None:
-        """It has waited in the store: `Message.accepted_at` is set on those that were read there."""
-        ms = max(0.0, self._context.clock.now() - message.accepted_at) * 1000
-        self._context.statistics.delivered(1, ())
-        log_delivered(message, ms, mail=True)
+        if mail:
+            self._context.statistics.delivered(len(mail), ())
+            log_mail(mail, self._context.clock.now())
 
     def gap_told(self, connection: Connection, gap: Gap) -> None:
         self.deliveries.fail(self._context.clock.now(), f"gap: {gap.reason}")

@@ -37,6 +37,7 @@ from mythos_trio.core.wire import Framing
 from mythos_trio.handlers import draining
 from mythos_trio.link import LOST
 from mythos_trio.storage import Chunk, ConnectionRow, StoreError
+from mythos_trio.turns import Turns
 
 if TYPE_CHECKING:
     from mythos_trio.access import Access, Visitor
@@ -130,6 +131,7 @@ class Streams:
         self._commands = Buckets(settings.rate_limit_requests, settings.rate_limit_window)
         self._abuse = Buckets(settings.rate_limit_requests, settings.rate_limit_window)
         self._frames = Buckets(settings.rate_limit_requests * FRAMES_A_COMMAND, settings.rate_limit_window)
+        self._turns = Turns()
         self._nursery: trio.Nursery | None = None
         self._arriving = 0
         self._lingering = 0
@@ -139,7 +141,7 @@ class Streams:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
-            await trio.sleep_forever()
+            await self._turns.run()
 
     async def wait_quiet(self) -> None:
         """When all have been told to go: until every connection is over, and its last words taken or given up."""
@@ -164,6 +166,7 @@ class Streams:
         try:
             wish = self._wish(head, visitor, player)
             arrival = _Arrival(link, head, visitor, player, wish, transport, began)
+            await self._turns.take()
             while not await self._let_in(arrival, await self._registrar.join(player, wish.session_id)):
                 pass
         except Refusal as refusal:
@@ -245,6 +248,8 @@ class Streams:
         try:
             with connection.scope:
                 await self._read(channel, connection)
+                # It has left, as perhaps a thousand others have in this moment.
+                await self._turns.take(begun=True)
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         except* Exception as group:
@@ -357,7 +362,9 @@ class Streams:
         hub = self._context.hub
         try:
             with trio.fail_after(OPEN_SECONDS):
-                return await hub.storage.read(session.player_id, session.session_id, after, hub.newest, READ_MESSAGES)
+                chunk = await hub.storage.read(session.player_id, session.session_id, after, hub.newest, READ_MESSAGES)
+                await self._turns.take(begun=True)
+                return chunk
         except trio.TooSlowError:
             raise busy("the store is slow: try again") from None
         except StoreError as error:

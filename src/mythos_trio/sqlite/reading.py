@@ -30,6 +30,9 @@ from mythos_trio.storage import Bounds, Chunk, Expired, SessionRow, StoredMessag
 # A chunk is held in memory whole: as much as a session's log.
 MAX_CHUNK_BYTES: Final = 1 << 20
 
+# Above all numbers (contract: they are below 2^53).
+NO_NUMBER: Final = 1 << 53
+
 _READ_STREAM: Final = (
     f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE target = ? AND seq > ? AND seq <= ? ORDER BY target, seq"
 )
@@ -60,10 +63,14 @@ def _merge(
             if len(messages) >= limit or size > MAX_CHUNK_BYTES:
                 return messages, False
             _, row, cursor = heads[0]
-            message = message_of(row)
-            messages.append(message)
-            size += len(message.body)
-            row = cursor.fetchone()
+            # As long as this one is ahead of all others it is read alone.
+            others = [head[0] for head in heads[1:3]] + [interval[1] + 1 for interval in waiting[-1:]]
+            before = min(others, default=NO_NUMBER)
+            while row is not None and row[0] < before and len(messages) < limit and size <= MAX_CHUNK_BYTES:
+                message = message_of(row)
+                messages.append(message)
+                size += len(message.body)
+                row = cursor.fetchone()
             if row is None:
                 heapq.heappop(heads)
             else:

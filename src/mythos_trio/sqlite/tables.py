@@ -6,6 +6,7 @@ import contextlib
 import sqlite3
 from collections.abc import Sequence
 from datetime import datetime
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Final
 
@@ -21,6 +22,8 @@ SESSION_COLUMNS: Final = (
 )
 
 
+# Of what is read together many rows were stored together.
+@lru_cache(maxsize=256)
 def posix(text: str) -> float:
     return datetime.fromisoformat(text).timestamp()
 

@@ -1,0 +1,49 @@
+"""Turns of the event loop, shared fairly by those that come or go all at once.
+
+Trio runs all tasks that are ready before it looks at the network and the clock again: that is one turn, and whatever
+falls due in it waits for its end. When 2,000 players come back in one moment, or all leave, each of them is a
+millisecond or less, but together they would be one turn of seconds. So who has more to do than a few
+microseconds takes a place in a turn first (`Turns.take`). As long as there are places that is no wait at all.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import trio
+
+PLACES: Final = 16
+
+
+class Turns:
+    """*places* in each turn. Those that have begun go first, so that they get through; the others in their order."""
+
+    def __init__(self, places: int = PLACES) -> None:
+        self._places = places
+        self._left = places
+        self._begun = trio.lowlevel.ParkingLot()
+        self._new = trio.lowlevel.ParkingLot()
+        self._taken = trio.Event()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._begun) + len(self._new)
+
+    async def take(self, *, begun: bool = False) -> None:
+        """Take a place in this turn, or wait for one in a later turn."""
+        if self._left:
+            self._left -= 1
+            self._taken.set()
+        else:
+            await (self._begun if begun else self._new).park()
+
+    async def run(self) -> None:
+        """Give the places of each turn. Runs until it is cancelled, and sleeps while no place is taken."""
+        while True:
+            await self._taken.wait()
+            self._taken = trio.Event()
+            while self._left < self._places:
+                await trio.lowlevel.checkpoint()
+                self._left = self._places
+                for lot in (self._begun, self._new):
+                    self._left -= len(lot.unpark(count=self._left)) if self._left else 0

@@ -1,0 +1,113 @@
+"""Turns of the event loop: how many of those that come or go at once share one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+from trio.testing import MockClock
+
+from mythos_trio.turns import PLACES, Turns
+from tests.support.games import Puppet
+from tests.support.play import play
+
+
+class Gauge(trio.abc.Instrument):
+    """Counts what is done in each turn."""
+
+    def __init__(self) -> None:
+        self.turn = 0
+        self.done: Counter[int] = Counter()
+        self.order: list[str] = []
+
+    def before_io_wait(self, timeout: float) -> None:
+        self.turn += 1
+
+    def do(self, what: str) -> None:
+        self.done[self.turn] += 1
+        self.order.append(what)
+
+
+@asynccontextmanager
+async def running(places: int) -> AsyncIterator[tuple[Turns, Gauge, trio.Nursery]]:
+    turns, gauge = Turns(places), Gauge()
+    trio.lowlevel.add_instrument(gauge)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(turns.run)
+        yield turns, gauge, nursery
+        await trio.testing.wait_all_tasks_blocked()
+        assert turns.waiting == 0
+        nursery.cancel_scope.cancel()
+    trio.lowlevel.remove_instrument(gauge)
+
+
+async def test_no_turn_has_more_than_there_are_places(autojump_clock: MockClock) -> None:
+    async with running(4) as (turns, gauge, nursery):
+
+        async def come(name: str) -> None:
+            await turns.take()
+            gauge.do(name)
+
+        for round_ in range(3):
+            for n in range(50):
+                nursery.start_soon(come, f"{round_}-{n}")
+            await trio.sleep(1)
+    assert gauge.done.total() == 150
+    assert max(gauge.done.values()) <= 4
+
+
+async def test_who_has_begun_goes_first(autojump_clock: MockClock) -> None:
+    async with running(2) as (turns, gauge, nursery):
+
+        async def come(name: str) -> None:
+            await turns.take()
+            gauge.do(f"begins {name}")
+            await turns.take(begun=True)
+            gauge.do(f"ends {name}")
+
+        for n in range(20):
+            nursery.start_soon(come, str(n))
+    began = ended = most = 0
+    for what in gauge.order:
+        began += what.startswith("begins")
+        ended += what.startswith("ends")
+        most = max(most, began - ended)
+    assert began == ended == 20
+    assert most <= 4
+
+
+async def test_who_gives_up_waiting_holds_nobody_up(autojump_clock: MockClock) -> None:
+    async with running(1) as (turns, gauge, nursery):
+        scopes = [trio.CancelScope() for _ in range(10)]
+
+        async def come(scope: trio.CancelScope) -> None:
+            with scope:
+                await turns.take()
+                gauge.do("came")
+
+        for scope in scopes:
+            nursery.start_soon(come, scope)
+        await trio.lowlevel.checkpoint()
+        for scope in scopes[::2]:
+            scope.cancel()
+    assert 5 <= len(gauge.order) <= 6
+
+
+async def test_many_come_back_and_leave_at_once(tmp_path: Path, autojump_clock: MockClock) -> None:
+    count = 5 * PLACES
+    async with play(tmp_path / "m.db", game=Puppet()) as world:
+        for _ in range(2):
+            clients = [await world.websocket(f"p{n}", "") for n in range(count)]
+            for client in clients:
+                await client.until_type("welcome")
+            await world.publish(broadcast=True, message={"type": "line", "content": "hello"})
+            for client in clients:
+                await client.until_type("line")
+            for client in clients:
+                client.close()
+            await trio.sleep(2)
+            assert not world.server.hub.connections
+            await world.publish(broadcast=True, message={"type": "line", "content": "missed"})
