@@ -245,13 +245,17 @@ class Player:
     """The player whom a handler is about. Valid until the handler ends; *id* and *session_id* stay
     readable."""
 
-    __slots__ = ("_gathering", "id", "session_id", "world")
+    __slots__ = ("_gathering", "id", "session_id")
 
     def __init__(self, gathering: Gathering, player_id: str, session_id: str) -> None:
         self._gathering = gathering
         self.id: Final = player_id
         self.session_id: Final = session_id
-        self.world: Final = World(gathering)
+
+    @property
+    def world(self) -> World:
+        """Everybody and every place."""
+        return World(self._gathering)
 
     def send(self, type_: str, content: object, /, **fields: object) -> None:
         """Send to this player, on all connections. For *fields* see `World`."""
@@ -491,7 +495,7 @@ class Gathering:
 
         :raises GameError: it is not JSON, or too big.
         """
-        body = _as_json("on_command returned", lambda: wire.answer_body(content))
+        body = _as_json("on_command returned", wire.answer_body, content)
         self._check_size("on_command returned", body)
         return body
 
@@ -505,7 +509,7 @@ class Gathering:
         type_ = _checked(call, messages.message_type, type_)
         _check_fields(call, fields)
         message_id = self._randomness.message_id()
-        body = _as_json(call, lambda: messages.make_body(message_id, type_, content, rfc3339(self._now), fields))
+        body = _as_json(call, messages.make_body, message_id, type_, content, rfc3339(self._now), fields)
         self._check_size(call, body)
         self._gather(Append(target, message_id, body), len(body))
 
@@ -562,7 +566,7 @@ class Gathering:
         self._newest(key)
         if key.startswith(PLAYER) and value is not None and not isinstance(value, dict):
             raise GameError(f"data[{key!r}]: a player's data are names and values: a dict, not {_brief(value)}")
-        body = None if value is None else _as_json(f"data[{key!r}]", lambda: wire.encode(value))
+        body = None if value is None else _as_json(f"data[{key!r}]", wire.encode, value)
         if body is not None and len(body) > max_bytes(key):
             raise GameError(f"data[{key!r}]: {len(body):,} bytes; there is room for {max_bytes(key):,}")
         if key not in self.writes:
@@ -575,7 +579,7 @@ class Gathering:
         name = _checked("after", names.message_id, name)
         if not isinstance(seconds, (int, float)) or not 0 <= seconds <= MAX_TIMER_SECONDS:
             raise GameError(f"after: seconds are a number from 0 to {MAX_TIMER_SECONDS:,}, not {_brief(seconds)}")
-        body = _as_json("after", lambda: wire.encode(value))
+        body = _as_json("after", wire.encode, value)
         self._check_size("after", body)
         self._count(len(body))
         self.timers.append(SetTimer(owner, name, self._randomness.token(), float(seconds), body))
@@ -584,6 +588,11 @@ class Gathering:
         self._check_open("cancel")
         self._count(len(name))
         self.timers.append(CancelTimer(owner, _checked("cancel", names.message_id, name)))
+
+    @property
+    def rests_on_nothing(self) -> bool:
+        """Whether it has looked at no data, and has done nothing: then there is nothing to check and to store."""
+        return not (self.reads or self.effects or self.timers)
 
     @property
     def has_effects(self) -> bool:
@@ -662,9 +671,9 @@ def _check_fields(call: str, fields: dict[str, object]) -> None:
         _checked(call, messages.replace_key, fields["replace_key"])
 
 
-def _as_json(call: str, encode: Callable[[], bytes]) -> bytes:
+def _as_json(call: str, encode: Callable[..., bytes], *arguments: object) -> bytes:
     try:
-        return encode()
+        return encode(*arguments)
     except RecursionError:
         raise GameError(f"{call}: the content contains itself, or is nested too deeply") from None
     except (TypeError, ValueError, OverflowError) as error:

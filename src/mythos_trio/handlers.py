@@ -195,7 +195,7 @@ class Deadline:
     something open inside of it, it is left and another one is entered.
     """
 
-    __slots__ = ("_outer", "_scope", "at", "context", "task", "waited")
+    __slots__ = ("_cut", "_outer", "_scope", "at", "context", "task", "waited")
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -212,6 +212,7 @@ class Deadline:
         return self
 
     def _enter(self) -> None:
+        self._cut = False
         self._scope = trio.CancelScope()
         self._scope.__enter__()
         self._outer = trio.current_effective_deadline()
@@ -229,6 +230,7 @@ class Deadline:
 
     def cut_off(self) -> None:
         """The time is over, or the server stops."""
+        self._cut = True
         self._scope.cancel()
 
     def begin(self) -> None:
@@ -248,7 +250,7 @@ class Deadline:
         del context.handlers[self]
         if context.draining:
             context.handler_ended()
-        if not self._scope.cancel_called and not self._left_open():
+        if not self._cut and not self._left_open():
             return False
         kind = None if error is None else type(error)
         try:
@@ -334,10 +336,12 @@ async def transact(
     run: Callable[[], Awaitable[tuple[Gathering, T]]],
     complete: Callable[[Gathering, T], Transaction | None],
     joined: Callable[[Submission], None] = lambda _: None,
+    first: tuple[Gathering, T] | None = None,
 ) -> tuple[Gathering, T, Committed | Refused | None]:
     """Run a handler as a transaction: again if another one has changed what it read (`mythos_trio.core.data`).
 
     :param run: makes a gathering and runs the handler on it; what it returns is handed to *complete*.
+    :param first: what the first run has come to, if that has been made already.
     :param complete: the transaction that stores what it did; None if there is nothing to store.
     :param joined: is told when the transaction has joined the queue: from then on it is the dispatcher's.
     :returns: the last run, and its outcome; None if nothing had to be stored. Then all that it read is.
@@ -348,8 +352,11 @@ async def transact(
     for _ in range(MAX_RUNS):
         turn = await context.turns.take(changed) if changed else []
         try:
-            context.statistics.ran()
-            gathering, result = await run()
+            if first is None:
+                context.statistics.ran()
+                gathering, result = await run()
+            else:
+                (gathering, result), first = first, None
             await context.dispatcher.wait_room()
             # From here to the queue nothing waits: what is checked is still so when it is done.
             if gathering.reads and not data.is_current(gathering.reads):

@@ -286,7 +286,7 @@ class Posts:
         command: Command = parse_command(value, None if id is None else names.message_id(id))
         session = self._session(player, value)
         self._sign_of_life(session, value)
-        self._streams.take_command(player, trio.current_time())
+        self._streams.take_command(player)
         asker = PostAsker()
         await session.submit(command, asker)
         seconds = self._context.settings.handler_timeout * (session.waiting_commands + 1) + ANSWER_SECONDS

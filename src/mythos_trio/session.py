@@ -468,7 +468,8 @@ class LiveSession:
 
         Raises a refusal that is not remembered: the same id runs again.
         """
-        self._check_open()
+        if self.over or self._context.draining:
+            self._check_open()
         id = request.id or self._context.randomness.token()
         digest = command_digest(request)
         remembered = self._commands.answered(id, digest)
@@ -577,7 +578,8 @@ class LiveSession:
     def _stop_working(self) -> None:
         if self._working:
             self._working = False
-            self._tell_paid()
+            if self._paid is not None:
+                self._paid.set()
             if self._context.draining:
                 self._context.handler_ended()
 
@@ -600,7 +602,7 @@ class LiveSession:
                 await self._run_command(entry, deadline)
 
     def _has_work(self) -> bool:
-        return bool(self._commands.waiting or self.presence.owed or self._due)
+        return bool(self._commands.queue or self.presence.owed or self._due)
 
     def _tell_paid(self) -> None:
         if self._paid is not None:
@@ -679,10 +681,33 @@ class LiveSession:
 
     async def _run_command(self, entry: Entry[Asker], deadline: Deadline) -> None:
         started = trio.current_time()
+        self._context.statistics.ran()
+        gathering = self._gathering()
+        body, ok = await self._answer_of(entry, gathering, deadline)
+        outcome: Committed | Refused | None = None
+        if gathering.rests_on_nothing:
+            gathering.tell()
+        else:
+            try:
+                gathering, (body, ok), outcome = await self._store_command(entry, deadline, gathering, (body, ok))
+            except Refusal as refusal:
+                self._answer(entry, wire.error_body(refusal.error_type, refusal.message), None, None)
+                return
+        now = trio.current_time()
+        body, position, remembered = self._answer_for(entry, body, outcome, now)
+        self._answer(entry, body, position, remembered)
+        self._context.statistics.command(now, (now - started) * 1000, ok)
+        if remembered is not None:
+            self._carry_out(gathering)
+
+    async def _store_command(
+        self, entry: Entry[Asker], deadline: Deadline, gathering: Gathering, answer: tuple[bytes, bool]
+    ) -> tuple[Gathering, tuple[bytes, bool], Committed | Refused | None]:
+        """Make what its first run has done a transaction, if it is still true; else run it again."""
 
         async def run() -> tuple[Gathering, tuple[bytes, bool]]:
-            gathering = self._gathering()
-            return gathering, await self._answer_of(entry, gathering, deadline)
+            again = self._gathering()
+            return again, await self._answer_of(entry, again, deadline)
 
         def complete(gathering: Gathering, answer: tuple[bytes, bool]) -> Transaction | None:
             if not gathering.has_effects:
@@ -690,17 +715,7 @@ class LiveSession:
             kept = Answer(self.player_id, self.session_id, entry.id, entry.digest, answer[0])
             return Transaction(effects=gathering.effects, answer=kept if entry.given else None)
 
-        try:
-            gathering, (body, ok), outcome = await transact(self._context, run, complete)
-        except Refusal as refusal:
-            self._answer(entry, wire.error_body(refusal.error_type, refusal.message), None, None)
-            return
-        now = trio.current_time()
-        body, position, remembered = self._answer_for(entry, body, outcome, now)
-        self._answer(entry, body, position, remembered)
-        self._context.statistics.command(now, (now - started) * 1000, ok)
-        if remembered is not None:
-            self._carry_out(gathering)
+        return await transact(self._context, run, complete, first=(gathering, answer))
 
     def _answer(self, entry: Entry[Asker], body: bytes, position: int | None, remembered: Remembered | None) -> None:
         for asker in self._commands.finish(entry, remembered):

@@ -522,7 +522,7 @@ class Streams:
 
     def count_frames(self, connection: Connection, frames: int) -> None:
         """So many frames have come. Beyond the rate the connection ends."""
-        wait = self._frames.take(connection.player_id, connection.link.last_received, frames)
+        wait = self._frames.take(connection.session.player_id, connection.link.last_received, frames)
         if wait:
             connection.end(RATE, retry_ms=int(wait * 1000) + 1)
 
@@ -563,26 +563,30 @@ class Streams:
 
     def _admit(self, connection: Connection, command: Command) -> bool:
         """Count a command against the rate; whether it may be carried out. Who does not heed the refusals is ended."""
-        try:
-            self.take_command(connection.player_id, connection.link.last_received)
-        except Refusal as refusal:
-            reply_error(connection, command.id, refusal)
-            if self._abuse.take(connection.player_id, trio.current_time()):
-                connection.end(RATE, retry_ms=refusal.retry_ms)
-            return False
-        return True
-
-    def take_command(self, player_id: str, when: float) -> None:
-        """Count a command of the player that came at *when*; refuse it beyond the rate."""
+        player_id, when = connection.session.player_id, connection.link.last_received
         wait = self._commands.take(player_id, when)
+        if not wait:
+            return True
+        refusal = self._too_many_commands(wait)
+        reply_error(connection, command.id, refusal)
+        if self._abuse.take(player_id, when):
+            connection.end(RATE, retry_ms=refusal.retry_ms)
+        return False
+
+    def take_command(self, player_id: str) -> None:
+        """Count a command of the player; refuse it beyond the rate."""
+        wait = self._commands.take(player_id, trio.current_time())
         if wait:
-            settings = self._context.settings
-            raise Refusal(
-                ErrorType.RATE_LIMIT,
-                f"more than {settings.rate_limit_requests} commands in {settings.rate_limit_window:g} seconds",
-                status=429,
-                retry_ms=int(wait * 1000) + 1,
-            )
+            raise self._too_many_commands(wait)
+
+    def _too_many_commands(self, wait: float) -> Refusal:
+        settings = self._context.settings
+        return Refusal(
+            ErrorType.RATE_LIMIT,
+            f"more than {settings.rate_limit_requests} commands in {settings.rate_limit_window:g} seconds",
+            status=429,
+            retry_ms=int(wait * 1000) + 1,
+        )
 
     def acknowledge(self, session: LiveSession, connection: Connection | None, position: Position) -> None:
         """An ``ack``: moves the mark of the connection and of the session; deletes nothing."""

@@ -46,14 +46,15 @@ class Commands(Generic[Asker]):
         self.complete = complete
         self._keep_count = keep_count
         self._keep_seconds = keep_seconds
-        self._waiting: list[Entry[Asker]] = []
+        self.queue: list[Entry[Asker]] = []
+        """Those that wait."""
         self._open: dict[str, Entry[Asker]] = {}
         self._answers: OrderedDict[str, Remembered] = OrderedDict()
         self.running: Entry[Asker] | None = None
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self.queue)
 
     def has_answered(self, id: str) -> bool:
         """Whether the answer that *id* got is known here."""
@@ -78,7 +79,7 @@ class Commands(Generic[Asker]):
                 raise Refusal(ErrorType.CAPACITY, "this command has been asked too often at once", status=503)
             known.askers.append(asker)
             return False
-        if len(self._waiting) >= MAX_WAITING:
+        if len(self.queue) >= MAX_WAITING:
             raise Refusal(
                 ErrorType.CAPACITY,
                 f"{MAX_WAITING} commands wait already: wait for a reply before sending the next",
@@ -87,14 +88,14 @@ class Commands(Generic[Asker]):
             )
         entry.askers.append(asker)
         self._open[entry.id] = entry
-        self._waiting.append(entry)
+        self.queue.append(entry)
         return True
 
     def next(self) -> Entry[Asker] | None:
         """Take the next command; it runs until `finish`."""
-        if not self._waiting:
+        if not self.queue:
             return None
-        self.running = self._waiting.pop(0)
+        self.running = self.queue.pop(0)
         return self.running
 
     def finish(self, entry: Entry[Asker], answer: Remembered | None) -> list[Asker]:
@@ -123,14 +124,14 @@ class Commands(Generic[Asker]):
         """Give up all that waits or runs: who still waits for an answer."""
         entries = list(self._open.values())
         self._open.clear()
-        self._waiting.clear()
+        self.queue.clear()
         self.running = None
         return entries
 
     def give_up_waiting(self) -> list[Entry[Asker]]:
         """Give up what has not been started."""
-        entries = list(self._waiting)
-        self._waiting.clear()
+        entries = list(self.queue)
+        self.queue.clear()
         for entry in entries:
             del self._open[entry.id]
         return entries
