@@ -466,7 +466,9 @@ class Gathering:
     @property
     def player(self) -> Player:
         """What a handler is handed."""
-        return Player(self, *self._who)
+        if self._player_id is None or self._session_id is None:
+            raise GameError("no player here: the function of game.run() is handed a World")
+        return Player(self, self._player_id, self._session_id)
 
     @property
     def world(self) -> World:
@@ -613,9 +615,8 @@ class Gathering:
     @property
     def _who(self) -> tuple[str, str]:
         """The player's id and session."""
-        if self._player_id is None or self._session_id is None:
-            raise GameError("no player here: the function of game.run() is handed a World")
-        return self._player_id, self._session_id
+        player = self.player
+        return player.id, player.session_id
 
     def _gather(self, effect: Effect, size: int) -> None:
         self._count(size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import types
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Generator, Iterable
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import trio
@@ -285,10 +285,11 @@ DRAINED: Final = wire.error_body(draining().error_type, draining().message)
 
 @define
 class SessionView:
-    """What the handlers of one session may ask: the hub, and the session's own subscriptions."""
+    """What the handlers of one session may ask: the hub, and the session's own subscriptions as they are committed."""
 
     hub: Hub
-    own: tuple[str, list[str]]
+    player_id: str
+    own: Collection[str]
 
     def present(self) -> Iterable[str]:
         return self.hub.present()
@@ -303,8 +304,8 @@ class SessionView:
         return self.hub.subscribers(channel)
 
     def channels(self, player_id: str) -> Iterable[str]:
-        if player_id == self.own[0]:
-            return self.own[1]
+        if player_id == self.player_id:
+            return self.own
         session = self.hub.sessions.get(player_id)
         return () if session is None else list(session.channels)
 
@@ -319,9 +320,9 @@ class SessionView:
         return "healthy" if all(healthy) else "degraded"
 
 
-def new_gathering(context: Context, row: SessionRow, channels: list[str], *, ended: bool = False) -> Gathering:
+def new_gathering(context: Context, row: SessionRow, view: SessionView, *, ended: bool = False) -> Gathering:
     return Gathering(
-        SessionView(context.hub, (row.player_id, channels)),
+        view,
         row.player_id,
         row.session_id,
         now=context.clock.now(),
@@ -535,13 +536,13 @@ async def pay_leave(owed: LeaveOwed, context: Context) -> None:
     """Run what an ended session still owes, ``on_leave`` last, until its commit is through."""
     row = owed.row
     presence = parse_presence(row.told, row.owed)
-    channels = list(row.channels)
+    view = SessionView(context.hub, row.player_id, row.channels)
     while presence.owed and not context.draining:
         due, paid = presence.owed[0], presence.paid()
         mark = PresenceMark(row.player_id, row.session_id, owed.state.value, paid.told.value, paid.owed_text)
 
         async def run(due: Owed = due) -> tuple[Gathering, None]:
-            gathering = new_gathering(context, row, channels, ended=True)
+            gathering = new_gathering(context, row, view, ended=True)
             with Deadline(context) as deadline:
                 await presence_handler(due, gathering, deadline, owed.reason)
             return gathering, None
@@ -562,7 +563,7 @@ async def pay_leave(owed: LeaveOwed, context: Context) -> None:
 def world_gathering(context: Context) -> Gathering:
     """For a function that is about nobody: it is handed the `World`."""
     return Gathering(
-        SessionView(context.hub, ("", [])),
+        SessionView(context.hub, "", ()),
         None,
         None,
         now=context.clock.now(),

@@ -50,6 +50,7 @@ from mythos_trio.handlers import (
     RETRY_SECONDS,
     Context,
     Deadline,
+    SessionView,
     draining,
     fire,
     handler_failed,
@@ -108,6 +109,7 @@ class LiveSession:
         "_resting",
         "_scope",
         "_told_index",
+        "_view",
         "_working",
         "arriving",
         "channels",
@@ -172,6 +174,7 @@ class LiveSession:
         self._deliveries = Deliveries(self.seen)
         self._told_index = 0  # while there is a lead: where in the log that stands which `_deliveries` knows of
         self._working = False
+        self._view: SessionView | None = None  # made for the first handler
         self._resting: Bell | None = None
         """The task that runs handlers has nothing to do, and waits for this."""
         self._leave_reason = "linkdead"
@@ -477,8 +480,8 @@ class LiveSession:
             asker.offer_reply(id, remembered.body, remembered.position or None)
             return
         entry: Entry[Asker] = Entry(id, digest, request.content, request.kind, given=request.id is not None)
-        if self._commands.submit(entry, asker):
-            self._start_working()
+        if self._commands.submit(entry, asker) and not self._working:
+            self._wake_worker()
 
     def _check_open(self) -> None:
         if self._context.draining:
@@ -548,14 +551,15 @@ class LiveSession:
         )
 
     def _start_working(self) -> None:
-        if self._working or self.nursery is None:
-            return
-        if not self._has_work():
-            return
-        self._working = True
+        if not self._working and self._has_work():
+            self._wake_worker()
+
+    def _wake_worker(self) -> None:
         if self._resting is not None:
+            self._working = True
             self._resting.ring()
-        else:
+        elif self.nursery is not None:
+            self._working = True
             self.nursery.start_soon(self._work, name=f"handlers of {self.player_id}")
 
     async def _work(self) -> None:
@@ -763,7 +767,9 @@ class LiveSession:
         return {"channel": channel, "subscribed": kind == "subscribe"}
 
     def _gathering(self) -> Gathering:
-        return new_gathering(self._context, self.row, list(self.channels))
+        if self._view is None:
+            self._view = SessionView(self._hub, self.player_id, self.channels)
+        return new_gathering(self._context, self.row, self._view)
 
     def _carry_out(self, gathering: Gathering) -> None:
         """What a handler asked for that is done after its commit and its reply."""

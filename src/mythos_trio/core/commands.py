@@ -30,7 +30,7 @@ class Entry(Generic[Asker]):
     """Whether the client gave the id: only then is the answer kept."""
 
 
-class Remembered(msgspec.Struct, frozen=True):
+class Remembered(msgspec.Struct, frozen=True, gc=False):
     digest: bytes
     body: bytes
     at: float

@@ -45,12 +45,15 @@ class Bucket:
 
     def take(self, now: float, count: int, seconds: float, wanted: int = 1) -> float:
         """Take *wanted*; 0 if there were as many, else the seconds after which there will be."""
-        self.left = min(count, self.left + (now - self.at) * count / seconds)
+        left = self.left + (now - self.at) * count / seconds
+        if left > count:
+            left = count
         self.at = now
-        if self.left >= wanted:
-            self.left -= wanted
+        if left >= wanted:
+            self.left = left - wanted
             return 0.0
-        return (wanted - self.left) * seconds / count
+        self.left = left
+        return (wanted - left) * seconds / count
 
 
 class Buckets:
