@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 import types
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Generator, Iterable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -16,7 +15,6 @@ import trio
 from attrs import define, field, frozen
 
 from mythos_trio import logs
-from mythos_trio.bell import Bell
 from mythos_trio.core import wire
 from mythos_trio.core.data import MAX_RUNS, PLAYER, Value
 from mythos_trio.core.errors import DRAIN, ErrorType, Refusal
@@ -67,26 +65,9 @@ FIRST_PAUSE: Final = 1.0
 LONGEST_PAUSE: Final = 60.0
 
 
-# Sessions' tasks that have nothing to run and wait for the next command: to wake one costs 1 µs, to start one and
-# end it 3.4. One that waits takes 3 KiB.
+# Sessions' tasks that have nothing to run may wait for the next command: to wake one costs 1 µs, to start one and end
+# it 3.4. One that waits takes 3 KiB; so many may, the others end.
 MAX_RESTING: Final = 1000
-
-
-class Resting:
-    """The tasks that wait for the next command: those that ran last. Who has waited longest makes room, and ends."""
-
-    def __init__(self) -> None:
-        self._bells: OrderedDict[Bell, None] = OrderedDict()
-
-    async def wait(self, bell: Bell) -> None:
-        """Until *bell* rings: there is something to do, or too many others wait."""
-        self._bells[bell] = None
-        if len(self._bells) > MAX_RESTING:
-            self._bells.popitem(last=False)[0].ring()
-        try:
-            await bell.wait()
-        finally:
-            self._bells.pop(bell, None)
 
 
 class Turns:
@@ -142,7 +123,8 @@ class Context:
     """From now on no command is taken, and a link-dead connection owes nothing."""
     switch: Callable[[LiveSession], None] = lambda _: None
     """Given by the registrar: begin a new session for this one's player."""
-    resting: Resting = field(factory=Resting)
+    resting: int = 0
+    """How many sessions' tasks wait for the next command."""
     handlers: dict[Deadline, None] = field(factory=dict)
     """The handlers that run now, in the order in which they began: a drain cuts them off after a while."""
     _one_ended: trio.Event = field(factory=trio.Event)
@@ -438,30 +420,15 @@ def _cut_off(context: Context, gathering: Gathering, player_id: str, name: str) 
     )
 
 
-async def contained(call: Callable[[], Awaitable[T]], name: str, player_id: str, deadline: Deadline | None = None) -> T:
-    """Run code of the game's: what escapes is an `Exception`, or Trio's `Cancelled`; what blocks is named."""
-    try:
-        return await _timed(call().__await__(), name, player_id, deadline)
-    except (Exception, trio.Cancelled):
-        raise
-    except BaseExceptionGroup as group:
-        if group.subgroup(trio.Cancelled) is not None:
-            raise
-        raise _ends_nothing(name, group) from group
-    except BaseException as error:
-        # sys.exit() in a handler would end the server, for all.
-        raise _ends_nothing(name, error) from error
-
-
-def _ends_nothing(name: str, error: BaseException) -> GameError:
-    return GameError(f"{name} raised {error!r}: a game cannot end the server; to turn a player down raise CommandError")
-
-
 @types.coroutine
-def _timed(
-    steps: Generator[Any, Any, T], name: str, player_id: str, deadline: Deadline | None
+def contained(
+    call: Callable[[], Awaitable[T]], name: str, player_id: str, deadline: Deadline | None = None
 ) -> Generator[Any, Any, T]:
-    """*steps*, and a warning for those that keep everybody else waiting."""
+    """Run code of the game's: what escapes is an `Exception`, or Trio's `Cancelled`; what blocks is named.
+
+    :param deadline: is told if it waits.
+    """
+    steps = call().__await__()
     go: Callable[[Any], Any] = steps.send
     value: Any = None
     while True:
@@ -471,6 +438,11 @@ def _timed(
         except StopIteration as stop:
             result: T = stop.value
             return result
+        except BaseException as error:
+            if _may_escape(error):
+                raise
+            # sys.exit() in a handler would end the server, for all.
+            raise _ends_nothing(name, error) from error
         finally:
             if (seconds := time.perf_counter() - began) >= BLOCKED_SECONDS:
                 _warn_blocked(name, player_id, seconds)
@@ -480,6 +452,16 @@ def _timed(
             go, value = steps.send, (yield message)
         except BaseException as error:  # noqa: ASYNC103 - it is handed on above
             go, value = steps.throw, error
+
+
+def _may_escape(error: BaseException) -> bool:
+    if isinstance(error, (Exception, trio.Cancelled)):
+        return True
+    return isinstance(error, BaseExceptionGroup) and error.subgroup(trio.Cancelled) is not None
+
+
+def _ends_nothing(name: str, error: BaseException) -> GameError:
+    return GameError(f"{name} raised {error!r}: a game cannot end the server; to turn a player down raise CommandError")
 
 
 def _warn_blocked(name: str, player_id: str, seconds: float) -> None:

@@ -47,6 +47,7 @@ from mythos_trio.dispatcher import Submission, log_mail, refusal_of
 from mythos_trio.game import Command, Gathering
 from mythos_trio.handlers import (
     DRAINED,
+    MAX_RESTING,
     RETRY_SECONDS,
     Context,
     Deadline,
@@ -563,21 +564,28 @@ class LiveSession:
             self.nursery.start_soon(self._work, name=f"handlers of {self.player_id}")
 
     async def _work(self) -> None:
-        """Run what there is to run; then wait for more, unless too many wait (`Resting`)."""
-        bell = Bell()
+        """Run what there is to run; then wait for more, unless too many do (`MAX_RESTING`)."""
+        context, bell = self._context, Bell()
         try:
-            with Deadline(self._context) as deadline:
-                while self._working:
+            with Deadline(context) as deadline:
+                await self._run_all(deadline)
+                self._stop_working()
+                while context.resting < MAX_RESTING and not context.draining:
+                    await self._rest(bell)
                     await self._run_all(deadline)
                     self._stop_working()
-                    if self._context.draining:
-                        return
-                    self._resting = bell
-                    await self._context.resting.wait(bell)
-                    self._resting = None
         finally:
-            self._resting = None
             self._stop_working()
+
+    async def _rest(self, bell: Bell) -> None:
+        """Until there is something to run."""
+        self._resting = bell
+        self._context.resting += 1
+        try:
+            await bell.wait()
+        finally:
+            self._context.resting -= 1
+            self._resting = None
 
     def _stop_working(self) -> None:
         if self._working:
