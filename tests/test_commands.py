@@ -11,6 +11,7 @@ import trio
 from trio.testing import MockClock
 from wsproto.events import BytesMessage
 
+from mythos_trio import session
 from mythos_trio.sse import MAX_CHATTER
 from tests.support.games import Disk, Puppet
 from tests.support.play import Client, WebSocketClient, World, play
@@ -670,3 +671,44 @@ async def test_binary_too_big_and_bad_text_end_the_connection(tmp_path: Path, au
         await dan.send_all(b"\x83\x80\x00\x00\x00\x00")  # opcode 3 is reserved
         said = await dan.until_over()
         assert (said or {})["code"] == 1002
+
+
+# Who runs them.
+
+
+def workers(world: World) -> int:
+    """Tasks that run handlers, or wait for more to run."""
+    names = [
+        task.name
+        for session in world.server.hub.sessions.values()
+        if session.nursery is not None
+        for task in session.nursery.child_tasks
+    ]
+    return sum(name.startswith("handlers of ") for name in names)
+
+
+async def test_who_has_run_a_command_waits_for_the_next_if_not_too_many_do(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "MAX_RESTING", 2)
+    async with play(tmp_path / "m.db", game=Puppet()) as world:
+        clients = [await entered(world, name) for name in ("ann", "bob", "eve")]
+        for turn in range(3):
+            for client in clients:
+                assert (await client.command(f"echo {turn}"))["ok"]
+        await trio.sleep(1)
+        assert workers(world) == world.server.context.resting == 2
+        assert not any(live.running_handler for live in world.server.hub.sessions.values())
+        await world.server.registrar.end("ann")
+        await trio.sleep(1)
+        assert workers(world) == world.server.context.resting == 1
+
+
+async def test_a_handler_is_cut_off_to_the_moment_whenever_it_begins(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with play(tmp_path / "m.db", game=Puppet(), handler_timeout=10.0) as world:
+        ann = await entered(world)
+        for pause in (0.0, 3.0, 9.5, 25.0):
+            await trio.sleep(pause)
+            began = trio.current_time()
+            assert not (await ann.command("sleep 60"))["ok"]
+            assert trio.current_time() - began == pytest.approx(10.0)

@@ -11,6 +11,8 @@ from trio.testing import MockClock
 from wsproto.events import CloseConnection, Ping, Pong, TextMessage
 from wsproto.frame_protocol import CloseReason
 
+from mythos_trio.connection import Connection
+from mythos_trio.core.requests import ClientRequest
 from tests.support.games import Puppet
 from tests.support.play import WebSocketClient, play
 
@@ -93,3 +95,37 @@ async def test_a_close_frame_without_a_code(tmp_path: Path, autojump_clock: Mock
         while not isinstance(event := await ann._event(), CloseConnection):
             pass
         assert event.code == CloseReason.NO_STATUS_RCVD
+
+
+async def test_a_fault_in_hearing_a_frame_ends_its_connection_only(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with play(tmp_path / "m.db", game=Puppet()) as world:
+        ann, bob = await world.websocket("ann"), await world.websocket("bob")
+        hear = world.server.streams.hear
+
+        def fail(connection: Connection, request: ClientRequest) -> bool:
+            if connection.player_id == "ann":
+                raise ZeroDivisionError("on purpose")
+            return hear(connection, request)
+
+        monkeypatch.setattr(world.server.streams, "hear", fail)
+        await ann.send_all(ann.protocol.send(TextMessage(data=ping(1))))
+        await ann.until_over()
+        assert ann.closed is not None
+        assert ann.closed[0] == 1011
+        await bob.send_all(bob.protocol.send(TextMessage(data=ping(2))))
+        assert (await bob.until_type("pong"))["id"] == "p2"
+
+
+async def test_a_frame_in_two_pieces_and_what_comes_with_the_end(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with play(tmp_path / "m.db", game=Puppet()) as world:
+        ann = await world.websocket("ann")
+        whole = ann.protocol.send(TextMessage(data=ping(1)))
+        await ann.send_all(whole[:9])
+        await trio.sleep(1)
+        await ann.send_all(whole[9:])
+        assert (await ann.until_type("pong"))["id"] == "p1"
+        await ann.send_all(ann.protocol.send(TextMessage(data=ping(2))) + whole[:3])
+        ann.wire.send_eof()
+        assert (await ann.until(lambda message: message.get("id") == "p2"))["type"] == "pong"

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from mythos_trio.core.errors import ErrorType
 from mythos_trio.core.position import Position
-from mythos_trio.core.requests import Ack, Auth, Command, Ping, Wrong, command_digest, parse_frame
+from mythos_trio.core.requests import (
+    Ack,
+    Auth,
+    ClientRequest,
+    Command,
+    Ping,
+    Wrong,
+    command_digest,
+    parse_frame,
+    parse_payload,
+)
 
 
 def parse(value: Any) -> Any:
@@ -113,3 +123,55 @@ def test_other_commands_have_other_digests() -> None:
         )
     }
     assert len(digests) == 8
+
+
+# As clients write, with small mistakes in all places.
+_IDS = st.sampled_from(["c1", "", "x" * 128, "x" * 129, "a\nb", None, 7, "\u00e9"])
+_VALUES = st.one_of(
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["command", "ack", "ping", "subscribe", "other", 1])},
+        optional={
+            "id": _IDS,
+            "content": st.recursive(st.none() | st.text() | st.integers(), st.lists),
+            "extra": st.none(),
+        },
+    ),
+    st.text(),
+)
+
+
+@given(_VALUES)
+def test_a_payload_is_read_as_its_text(value: Any) -> None:
+    payload = value.encode() if isinstance(value, str) else json.dumps(value, ensure_ascii=False).encode()
+    assert show(parse_payload(payload)) == show(parse_frame(payload.decode()))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b'{"type":"command","content":%b1%b}' % (b"[" * 70, b"]" * 70),
+        b'{"type":"command","content":"%b"}' % (b"{" * 70),
+        b'{"type":"command","content":"\\ud800"}',
+        b'{"type":"command","content":1,"content":2}',
+        b'{"type":"ping","type":"command","content":1}',
+        b'{"type":"command","type":"ping","content":1}',
+        b'{"type":"command","content":1e999}',
+        b' {"content":1,"type":"command"} ',
+        b'{"type":"command","content":1}{',
+    ],
+)
+def test_an_odd_payload_is_read_as_its_text(payload: bytes) -> None:
+    assert show(parse_payload(payload)) == show(parse_frame(payload.decode()))
+
+
+def test_a_payload_that_is_not_utf_8() -> None:
+    with pytest.raises(UnicodeDecodeError):
+        parse_payload(b'{"type":"command","content":"\xff"}')
+
+
+def show(request: ClientRequest) -> Any:
+    """*request* so that refusals can be compared."""
+    if isinstance(request, Wrong):
+        refusal = request.refusal
+        return request.id, refusal.error_type, refusal.message, refusal.details
+    return request
