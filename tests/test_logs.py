@@ -58,6 +58,29 @@ def test_a_line_is_one_json_object(settings: Settings, running: logs.Logs) -> No
     assert len(line["timestamp"]) == len("2026-01-01T00:00:00.000Z")
 
 
+def test_lines_of_one_moment_share_what_is_the_same(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    running = logs.setup(settings)
+    bound = log.bind(server="x")
+    bound.info_each("Message delivered", [{"player_id": "ann\n{", "seq": 1}, {"player_id": JWT, "players": [{"a": 1}]}])
+    bound.info_each("odd", [{"big": 1 << 70}, {"thing": {1}}])
+    bound.info_each("nothing", [])
+    running.set_level("WARNING")
+    bound.info_each("not seen", [{"seq": 2}])
+    running.close()
+    same = {"level": "INFO", "server_id": "node-1", "component": "connection", "server": "x"}
+    found = lines(settings)
+    assert [{**line, "timestamp": None} for line in found] == [
+        {**same, "timestamp": None, "event": "Message delivered", "player_id": "ann\n{", "seq": 1},
+        {**same, "timestamp": None, "event": "Message delivered", "player_id": "***", "players": [{"a": 1}]},
+        {**same, "timestamp": None, "event": "odd", "big": 1 << 70},
+        {**same, "timestamp": None, "event": "odd", "thing": [1]},
+    ]
+    console = capsys.readouterr().err.splitlines()
+    assert len(console) == 4
+    assert console[0].endswith(r"INFO     connection     Message delivered  server=x player_id=ann\n{ seq=1")
+    assert JWT not in console[1]
+
+
 def test_bound_fields_are_in_every_line() -> None:
     with logs.capture() as found:
         log.bind(player_id="alice").warning("x", why="y")
@@ -284,7 +307,7 @@ def test_a_full_disk_does_not_end_the_log(settings: Settings, monkeypatch: pytes
     failing = threading.Event()
     failing.set()
 
-    def maybe(self: logs._File, batch: list[logs.Event]) -> None:
+    def maybe(self: logs._File, batch: list[logs.Lines]) -> None:
         if failing.is_set():
             raise OSError(28, "No space left on device")
         write(self, batch)

@@ -33,6 +33,7 @@ from typing import Any, Final, TextIO, TypeAlias
 
 import msgspec
 import structlog
+from attrs import frozen
 
 from mythos_trio.config import SettingError, Settings
 from mythos_trio.core.errors import ErrorType
@@ -40,8 +41,6 @@ from mythos_trio.seams import rfc3339
 
 Event: TypeAlias = dict[str, Any]
 Callback: TypeAlias = Callable[[Event], None]
-# Takes lines of one level.
-Sink: TypeAlias = Callable[[Sequence[Event]], None]
 
 # Lines that may wait for a thread: about 10 MB of short lines.
 MAX_WAITING: Final = 10_000
@@ -58,6 +57,29 @@ SLOW_MS: Final = 1000.0
 CLOSE_SECONDS: Final = 3.0
 # How long a write error is not repeated on the console, in seconds.
 QUIET_SECONDS: Final = 60.0
+
+
+@frozen
+class Lines:
+    """One line, or several of one moment that say the same of different things: *facts* are what all say, *rows* what
+    each says, without empty ones. No rows: the facts are the line. *facts* has ``event``, ``level``, ``timestamp``.
+
+    Lines that share their beginning are written for a tenth of what each costs alone.
+    """
+
+    facts: Event
+    rows: Sequence[Event] = ()
+
+    @property
+    def count(self) -> int:
+        return len(self.rows) or 1
+
+    def each(self) -> list[Event]:
+        """Each line by itself."""
+        return [{**self.facts, **row} for row in self.rows or ({},)]
+
+
+Sink: TypeAlias = Callable[[Lines], None]
 
 _ERROR_TYPES: Final = {
     "connection": ErrorType.CONNECTION,
@@ -82,20 +104,16 @@ _SECRET: Final = re.compile(
 _SIGNS: Final = ("token", "bearer", "authorization", "secret_key", "password", "eyj")
 
 
-def hide_secrets(lines: Sequence[str]) -> str:
-    """*lines* (rendered, so that they are seen as they will be written) without tokens, each with its end.
+def hide_secrets(pieces: Sequence[str]) -> str:
+    """*pieces* of whole lines (rendered, so that they are seen as they will be written) without tokens, joined.
 
     Nearly always there is none in all that are written in one go, and one look says so.
     """
-    text = _joined(lines)
+    text = "".join(pieces)
     lower = text.lower()
     if not any(sign in lower for sign in _SIGNS):
         return text
-    return _joined([_SECRET.sub(_hidden, line) for line in lines])
-
-
-def _joined(lines: Sequence[str]) -> str:
-    return "".join([line + "\n" for line in lines])
+    return "".join([_SECRET.sub(_hidden, piece) for piece in pieces])
 
 
 def _hidden(match: re.Match[str]) -> str:
@@ -128,10 +146,7 @@ class Logger(structlog.BoundLoggerBase):
         """`info` with each of *rows*, in one go. They hold no exceptions, and nothing in them is slow (`SLOW_MS`):
         so there is nothing for the processors to do, which cost more than the rest of a line. They are taken over."""
         if rows and _state.level <= logging.INFO:
-            facts = {**self._context, "event": event, "level": "INFO", "timestamp": time.time()}
-            for row in rows:
-                row.update(facts)
-            _state.sink(rows)
+            _state.sink(Lines({**self._context, "event": event, "level": "INFO", "timestamp": time.time()}, rows))
 
     def warning(self, event: str, **fields: Any) -> None:
         self._emit(logging.WARNING, event, fields)
@@ -156,7 +171,7 @@ class Logger(structlog.BoundLoggerBase):
             for callback in list(_state.callbacks):
                 callback(line)
         if level >= _state.level:
-            _state.sink([line])
+            _state.sink(Lines(line))
 
 
 def _add_facts(_logger: Any, level: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -204,9 +219,9 @@ def get(component: str) -> Logger:
     return Logger(None, _PROCESSORS, {"component": component})
 
 
-def _to_logging(events: Sequence[Event]) -> None:
+def _to_logging(lines: Lines) -> None:
     """Where lines go while nothing is set up: the standard library, with its usual manners."""
-    for event in events:
+    for event in lines.each():
         _one_to_logging(event)
 
 
@@ -245,7 +260,7 @@ def capture(level: int = logging.DEBUG) -> Iterator[list[Event]]:
     """Collect lines in a list, for tests; they go nowhere else."""
     lines: list[Event] = []
     before = _state.level, _state.sink
-    _state.level, _state.sink = level, lines.extend
+    _state.level, _state.sink = level, lambda more: lines.extend(more.each())
     try:
         yield lines
     finally:
@@ -255,18 +270,24 @@ def capture(level: int = logging.DEBUG) -> Iterator[list[Event]]:
 # Rendering: in the writing threads.
 
 
-_encode: Final = msgspec.json.Encoder(enc_hook=repr).encode
+_encoder: Final = msgspec.json.Encoder(enc_hook=repr)
 
 
-def render_json(event: Event, server_id: str) -> str:
-    """One line, without its end. It may hold secrets (`hide_secrets`)."""
-    first = {"timestamp": rfc3339(event["timestamp"]), "level": event["level"], "event": str(event["event"])}
-    line = {**first, "server_id": server_id, **event, **first}
+def render_json(lines: Lines, server_id: str) -> str:
+    """Whole lines, with their ends. They may hold secrets (`hide_secrets`)."""
+    facts = lines.facts
+    first = {"timestamp": rfc3339(facts["timestamp"]), "level": facts["level"], "event": str(facts["event"])}
+    facts = {**first, "server_id": server_id, **facts, **first}
     try:
-        return _encode(line).decode()
+        head = _encoder.encode(facts)
+        if not lines.rows:
+            return head.decode() + "\n"
+        # Within JSON there are no line ends: each is followed by the brace of a row.
+        rows = b"\n" + _encoder.encode_lines(lines.rows)[:-1]
+        return rows.replace(b"\n{", b"\n" + head[:-1] + b",").decode()[1:] + "\n"
     except (TypeError, ValueError, OverflowError, RecursionError):
         # Lone surrogates, integers beyond 64 bits, keys that are no strings.
-        return _render_odd(line)
+        return "".join([_render_odd(line) + "\n" for line in Lines(facts, lines.rows).each()])
 
 
 def _render_odd(line: Event) -> str:
@@ -281,17 +302,22 @@ _URGENT: Final = frozenset({"ERROR", "CRITICAL"})
 _COLOURS: Final = {"DEBUG": "2", "WARNING": "33", "ERROR": "31", "CRITICAL": "1;31"}
 
 
-def render_console(event: Event, colours: bool) -> str:
-    """``12:30:00 INFO  connection  SSE connected  player_id=alice``; a traceback below it. It may hold secrets."""
-    fields = dict(event)
+def render_console(lines: Lines, colours: bool) -> str:
+    """``12:30:00 INFO  connection  SSE connected  player_id=alice``; a traceback below it. They may hold secrets."""
+    fields = dict(lines.facts)
     moment = _time_of_day(int(fields.pop("timestamp")))
     level, text = fields.pop("level"), fields.pop("event")
     component, exception = fields.pop("component", ""), fields.pop("exception", None)
-    shown = " ".join(f"{name}={_shown(value)}" for name, value in fields.items())
-    line = f"{moment} {level:<8} {component:<14} {_printable(str(text))}" + (f"  {shown}" if shown else "")
-    if colours and level in _COLOURS:
-        line = f"\x1b[{_COLOURS[level]}m{line}\x1b[0m"
-    return line if exception is None else f"{line}\n{exception}"
+    head = f"{moment} {level:<8} {component:<14} {_printable(str(text))}"
+    begin, end = (f"\x1b[{_COLOURS[level]}m", "\x1b[0m\n") if colours and level in _COLOURS else ("", "\n")
+    shown = [_show_fields({**fields, **row}) for row in lines.rows or ({},)]
+    text = "".join([f"{begin}{head}{fields}{end}" for fields in shown])
+    return text if exception is None else f"{text}{exception}\n"
+
+
+def _show_fields(fields: Event) -> str:
+    shown = " ".join([f"{name}={_shown(value)}" for name, value in fields.items()])
+    return f"  {shown}" if shown else ""
 
 
 @lru_cache(4)
@@ -312,10 +338,12 @@ def _printable(text: str) -> str:
 class _Channel:
     """A bounded queue and the thread that writes what is in it."""
 
-    def __init__(self, name: str, write: Callable[[list[Event]], None]) -> None:
+    def __init__(self, name: str, write: Callable[[list[Lines]], None]) -> None:
         self._write = write
-        # Appending to a deque and taking from it is atomic: no lock between the event loop and the thread.
-        self._queue: deque[Event | Callable[[], None] | None] = deque()
+        # Appending to a deque and taking from it is atomic; the lock is for the counts.
+        self._queue: deque[Lines | Callable[[], None] | None] = deque()
+        self._lock = threading.Lock()
+        self._lines = 0
         self._waiting = threading.Event()
         self._urgent = threading.Event()
         self._dropped = 0
@@ -323,17 +351,17 @@ class _Channel:
         self._thread = threading.Thread(target=self._run, name=f"log-{name}", daemon=True)
         self._thread.start()
 
-    def put(self, events: Sequence[Event]) -> None:
-        """Have *events*, of one level, written within `GATHER_SECONDS`; at once if they are errors: they may be the
-        last ones."""
-        room = MAX_WAITING - len(self._queue)
-        if len(events) > room:
-            self._dropped += len(events) - max(room, 0)
-            events = events[: max(room, 0)]
-        self._queue.extend(events)
-        if events and not self._waiting.is_set():
+    def put(self, lines: Lines) -> None:
+        """Have *lines* written within `GATHER_SECONDS`; at once if they are errors: they may be the last ones."""
+        with self._lock:
+            if self._lines + lines.count > MAX_WAITING:
+                self._dropped += lines.count
+                return
+            self._lines += lines.count
+        self._queue.append(lines)
+        if not self._waiting.is_set():
             self._waiting.set()
-        if events and events[0].get("level") in _URGENT:
+        if lines.facts["level"] in _URGENT:
             self._urgent.set()
 
     def call(self, function: Callable[[], None]) -> None:
@@ -362,15 +390,17 @@ class _Channel:
 
     def _write_all(self) -> bool:
         """Write what is in the queue; False if it has come to its end."""
-        batch: list[Event] = []
+        batch: list[Lines] = []
+        count = 0
         while self._queue:
             item = self._queue.popleft()
-            if isinstance(item, dict):
+            if isinstance(item, Lines):
                 batch.append(item)
-                if len(batch) < MAX_BATCH:
+                count += item.count
+                if count < MAX_BATCH:
                     continue
             self._write_batch(batch)
-            batch = []
+            batch, count = [], 0
             if callable(item):
                 self._guard(item)
             elif item is None:
@@ -378,10 +408,12 @@ class _Channel:
         self._write_batch(batch)
         return True
 
-    def _write_batch(self, batch: list[Event]) -> None:
-        if self._dropped:
-            count, self._dropped = self._dropped, 0
-            batch.append(_dropped_event(count))
+    def _write_batch(self, batch: list[Lines]) -> None:
+        with self._lock:
+            self._lines -= sum([lines.count for lines in batch])
+            dropped, self._dropped = self._dropped, 0
+        if dropped:
+            batch.append(Lines(_dropped_event(dropped)))
         if batch:
             self._guard(lambda: self._write(batch))
 
@@ -427,8 +459,8 @@ class _File:
             s.log_file, maxBytes=s.log_max_bytes, backupCount=s.log_backup_count, encoding="utf-8", errors="replace"
         )
 
-    def write(self, batch: list[Event]) -> None:
-        text = hide_secrets([render_json(event, self._settings.server_id) for event in batch])
+    def write(self, batch: list[Lines]) -> None:
+        text = hide_secrets([render_json(lines, self._settings.server_id) for lines in batch])
         length = len(text.encode(errors="replace"))
         if self._settings.log_max_bytes and 0 < self._stream().tell() > self._settings.log_max_bytes - length:
             self._handler.doRollover()
@@ -458,8 +490,8 @@ class _Console:
         self._stream = stream
         self._colours = stream.isatty() and "NO_COLOR" not in os.environ
 
-    def write(self, batch: list[Event]) -> None:
-        text = hide_secrets([render_console(event, self._colours) for event in batch])
+    def write(self, batch: list[Lines]) -> None:
+        text = hide_secrets([render_console(lines, self._colours) for lines in batch])
         encoding = self._stream.encoding or "utf-8"
         self._stream.write(text.encode(encoding, errors="backslashreplace").decode(encoding))
         self._stream.flush()
@@ -505,9 +537,9 @@ class Logs:
         sys.unraisablehook = self._on_unraisable
         threading.excepthook = self._on_thread_death
 
-    def _put(self, events: Sequence[Event]) -> None:
+    def _put(self, lines: Lines) -> None:
         for channel in self._channels:
-            channel.put(events)
+            channel.put(lines)
 
     def reopen(self) -> None:
         """The file has been renamed: go on in a new one of the old name (SIGHUP)."""
