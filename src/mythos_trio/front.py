@@ -377,7 +377,7 @@ class Front:
         kept.tended.at(IDLE, kept.since)
 
     def is_asked(self, kept: Kept) -> None:
-        del self._idle[kept]
+        self._idle.pop(kept, None)
         kept.tended.at(REQUEST, kept.since)
         self._answering += 1
 

@@ -91,7 +91,7 @@ class Kept:
         self.error: Exception | None = None
         """What has escaped while a request was served that was taken here."""
         self.since = 0.0
-        """Since when it has been idle, or asked (`trio.current_time`)."""
+        """Since when it has been asked, or idle, which it is from the last request on (`trio.current_time`)."""
         self._server = server
         self._poller = poller
         self._clock = clock
@@ -121,10 +121,11 @@ class Kept:
         idle for too long, it was let go, or something went wrong (`error`)."""
         link = self.tended.link
         self._woken, self._begun = trio.Event(), b""
-        self._idle()
+        self.since = trio.current_time()
+        self._server.idles(self)
         try:
             link.watch(self._poller, self._on_readable)
-            self._on_readable()  # nobody else tells of what was received already, and pushed back
+            self._receive(self.since)  # nobody else tells of what was received already, and pushed back
             while not self._woken.is_set():
                 await self._wait_until_due()
         finally:
@@ -149,7 +150,7 @@ class Kept:
         if not keep or self.tended.link.ended is not None:
             self._wake(b"")
             return
-        self._idle()
+        self._server.idles(self)
         if self._held:
             self._held = False
             self.tended.link.watch(self._poller, self._on_readable)
@@ -163,10 +164,6 @@ class Kept:
         self._wake(b"")
 
     # Within.
-
-    def _idle(self) -> None:
-        self.since = trio.current_time()
-        self._server.idles(self)
 
     def _leave_request(self) -> None:
         self._asked = False
@@ -187,7 +184,10 @@ class Kept:
             self._held = True
             self.tended.link.unwatch()
             return
-        data = self.tended.link.receive_now(MAX_HEAD)
+        self._receive(self._poller.now)
+
+    def _receive(self, now: float) -> None:
+        data = self.tended.link.receive_now(MAX_HEAD, now)
         if data is None:
             return
         try:

@@ -358,7 +358,7 @@ class Link(trio.abc.HalfCloseableStream):
             self._poller.forget(self._wire)
             self._poller = None
 
-    def receive_now(self, limit: int) -> bytes | None:
+    def receive_now(self, limit: int, now: float | None = None) -> bytes | None:
         """What has come, ``b""`` at the end or when the link is broken, None if nothing has come. Without `scanner`."""
         if self._closed:
             return b""
@@ -372,7 +372,7 @@ class Link(trio.abc.HalfCloseableStream):
             self._break(error)
             return b""
         if data:
-            self.last_received = trio.current_time()
+            self.last_received = trio.current_time() if now is None else now
             self.received_bytes += len(data)
         return data
 

@@ -55,7 +55,6 @@ from mythos_trio.websocket import WebSocketTransport
 if TYPE_CHECKING:
     from mythos_trio.access import Visitor
     from mythos_trio.http1 import Head
-    from mythos_trio.kept import Asker
     from mythos_trio.link import Link
 
 log = logs.get("server")
@@ -85,6 +84,8 @@ class Handlers:
         self._streams = streams
         self._registrar = registrar
         self._posts = posts
+        self.take_post = posts.take
+        self.too_late = posts.too_late
         self._websocket = websocket
         self._sse = sse
 
@@ -100,12 +101,6 @@ class Handlers:
 
     async def post(self, link: Link, head: Head, visitor: Visitor) -> bool:
         return await self._posts.serve(link, head, visitor)
-
-    def take_post(self, head: Head, visitor: Visitor, body: bytes, asker: Asker) -> bool:
-        return self._posts.take(head, visitor, body, asker)
-
-    def too_late(self, head: Head) -> bytes:
-        return self._posts.too_late(head)
 
 
 class Server:
