@@ -17,6 +17,7 @@ from mythos_trio.http1 import (
     MAX_HEAD,
     Head,
     HttpRefusal,
+    Repeated,
     error_body,
     parse_head,
     read_body,
@@ -533,3 +534,48 @@ def test_a_refusal_as_an_answer() -> None:
     assert json.loads(body)["error_type"] == "capacity_error"
     refusal = HttpRefusal(405, "no", headers=(("Allow", "GET"),))
     assert parse_answer(refused(refusal, now=0, server_id="s", headers=[("Vary", "Origin")]))[1]["allow"] == "GET"
+
+
+# A head that comes again.
+
+LENGTHS = st.one_of(st.integers(0, 40).map(str), st.sampled_from(["", "+3", "03", "3 ", "3,3", "٣", "1" * 16]))
+
+
+@given(
+    first=st.sampled_from(["Content-Length: 3", "content-length:3", "CONTENT-LENGTH: 3"]),
+    others=st.lists(st.sampled_from(["X-A: 1", "X-B: content-length: 7", "Cookie: a=b"]), max_size=3),
+    length=LENGTHS,
+    body=st.binary(max_size=40),
+    cut=st.integers(-3, 3),
+)
+def test_what_is_known_by_its_bytes_is_what_would_be_read(
+    first: str, others: list[str], length: str, body: bytes, cut: int
+) -> None:
+    def head_of(line: str) -> bytes:
+        lines = ["POST /api/messages HTTP/1.1", "Host: x", *others[:1], line, *others[1:], "", ""]
+        return "\r\n".join(lines).encode()
+
+    known = Repeated.of(parse_head(head_of(first)))
+    assert known is not None
+    raw = head_of(first.replace("3", length))
+    data = raw + (body if cut >= 0 else body[:cut])
+    found = known.body(data)
+    if length == str(len(body)) and cut >= 0:
+        assert found == body
+    if found is not None:
+        again = parse_head(raw)
+        assert data[len(raw) :] == found
+        assert again.content_length == len(found)
+        assert [pair for pair in again.headers if pair[0] != "content-length"] == [
+            pair for pair in known.head.headers if pair[0] != "content-length"
+        ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["Idempotency-Key: k", "Expect: 100-continue", "X-Odd: caf\xe9", "X-Folded: a\r\n b", "X-Long: " + "x" * 17000],
+)
+def test_a_head_that_is_not_to_be_known_again(line: str) -> None:
+    raw = f"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n{line}\r\n\r\n".encode("latin-1")
+    head = Head("POST", "/", "/", {}, (), "1.1", raw, {line.partition(":")[0].lower(): "x"})
+    assert Repeated.of(head) is None
