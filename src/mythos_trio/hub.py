@@ -209,6 +209,7 @@ class Hub:
             log = session.log
             if log is not None:
                 log.append(message)
+            session.rest = None
 
     def _subscribe(self, effect: Subscribe, seq: int) -> None:
         session = self.live(effect.player_id, effect.session_id)
@@ -221,19 +222,21 @@ class Hub:
         topic = self.topics.setdefault(channel, Topic())
         if session.log is not None:
             session.log.hear(topic)
+        session.rest = None
 
     def _leave(self, session: LiveSession, channel: str) -> None:
         listeners = self.channels.get(channel)
         if listeners is not None:
             if session.log is not None:
                 session.log.stop_hearing(self.topics[channel])
+            session.rest = None
             listeners.pop(session, None)
             if not listeners:
                 del self.channels[channel], self.topics[channel]
 
-    def begin_log(self, session: LiveSession) -> Log:
-        """A log for a session that gets its first connection."""
-        log = Log(self.newest)
+    def begin_log(self, session: LiveSession, floor: int) -> Log:
+        """A log for a session whose stream has nothing between *floor* and the newest number."""
+        log = Log(floor)
         log.hear(self.everyone)
         for channel in session.channels:
             log.hear(self.topics[channel])

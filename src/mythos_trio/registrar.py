@@ -341,7 +341,7 @@ class Registrar:
             change.error = draining()
             self._end_change(admit.player_id, change)
         elif isinstance(outcome, Committed) and outcome.session is not None:
-            self._enter(outcome.session, change, begun=outcome.begun)
+            self._enter(outcome.session, outcome, change)
         elif isinstance(outcome, Refused) and outcome.session is not None:
             change.error = ended(outcome.session)
             self._end_change(admit.player_id, change)
@@ -352,10 +352,13 @@ class Registrar:
             act = partial(self._let_in, admit.player_id, admit.wanted, outcome)
             self._start(self._run_change, admit.player_id, change, act)
 
-    def _enter(self, row: SessionRow, change: _Change, *, begun: bool) -> None:
+    def _enter(self, row: SessionRow, outcome: Committed, change: _Change) -> None:
         """A session that was admitted lives from now on."""
+        begun = outcome.begun
         previous = None if begun else self._replaced.pop((row.player_id, row.session_id), None)
         session = LiveSession(row, self._context, complete=begun, previous=previous)
+        if not outcome.mail:
+            session.begin_rest(row.mail_from)
         if not change.late:
             # Who has asked is woken when connections can be taken, and not before.
             session.ready = change.answered

@@ -127,6 +127,7 @@ class LiveSession:
         "presence",
         "previous_session_id",
         "ready",
+        "rest",
         "row",
         "seen",
         "session_id",
@@ -160,6 +161,9 @@ class LiveSession:
         self.connections: dict[str, Connection] = {}
         self.lead: Connection | None = None  # one of those that keep up: for it the session is counted in rounds
         self._log: Log | None = None
+        # The log that the next connection goes on with: of a session without one, as long as nothing but its topics has
+        # spoken since everything was seen. So who comes, or comes again, to a quiet session needs no reading.
+        self.rest: Log | None = None
         self.ready = trio.Event()  # `nursery` is open, or never will be again
         self.finished = trio.Event()  # nothing of it runs any more
         self.gone = trio.Event()  # and what follows has been seen to
@@ -344,7 +348,9 @@ class LiveSession:
         self.state = after(self.state, Happening.ATTACH)
         self._context.graces.end(self)
         if self._log is None:
-            self._log = self._hub.begin_log(self)
+            # Without a rest nothing is known of what is not newer: the connection has read that from the store.
+            self._log = self._hub.begin_log(self, self._hub.newest) if self.rest is None else self.rest
+            self.rest = None
         self.fresh = False
         self.connections[connection.id] = connection
         self._hub.connections[connection.id] = connection
@@ -361,12 +367,26 @@ class LiveSession:
         self._hub.apart.pop(connection, None)
         if self.connections:
             return
+        if (log := self.log) is not None and log.locate(self.seen) == log.head:
+            self.begin_rest(self.seen)
         self._log = None
         if self.state is State.ONLINE:
             self.state = after(self.state, Happening.LAST_DETACH)
         if not self.over and not self._context.draining:
             self._owe(self.presence.lost())
         self._begin_grace()
+
+    def begin_rest(self, after: int) -> None:
+        """There is nothing of its stream after *after*. As long as only its topics speak, `rest` says so."""
+        self.rest = self._hub.begin_log(self, after)
+
+    @property
+    def floor(self) -> int:
+        """From which number on its stream is in memory, or would be if a connection came now."""
+        held = self.log
+        if held is None and (held := self.rest) is not None:
+            held.pull()
+        return self._hub.newest if held is None else held.floor
 
     def saw(self, seq: int) -> None:
         """Everything up to *seq* has surely arrived at a client."""

@@ -220,7 +220,7 @@ class Streams:
         self._replace(session, wish.replaces)
         resume = self._resume(session, wish.position)
         chunk = None
-        if self._has_to_be_read(session, resume.after):
+        if resume.after < session.floor:
             with session.awaiting():
                 chunk = await self._first_chunk(session, resume.after)
             if not session.accepts:
@@ -353,10 +353,6 @@ class Streams:
         if named is None or hub.epochs is None:
             return Resume(session.seen)
         return resume_from(named, newest=hub.newest, seen=session.seen, epochs=hub.epochs)
-
-    def _has_to_be_read(self, session: LiveSession, after: int) -> bool:
-        """Whether the log in memory does not reach back so far."""
-        return after < (self._context.hub.newest if session.log is None else session.log.floor)
 
     async def _first_chunk(self, session: LiveSession, after: int) -> Chunk:
         hub = self._context.hub

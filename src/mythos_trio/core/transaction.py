@@ -226,6 +226,8 @@ class Committed:
     """Of an `Admit`: the player's current session."""
     begun: bool = False
     """Of an `Admit`: it has begun with it."""
+    mail: bool = True
+    """Of an `Admit`: messages wait for the session, or did and are gone. For sure only if it is False."""
 
 
 Outcome: TypeAlias = Committed | Refused

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from attrs import define, field
 
+from mythos_trio.core import names
 from mythos_trio.core.data import PLAYER, Write
 from mythos_trio.core.session import Admission, SessionRow, State, Told, admission
 from mythos_trio.core.transaction import (
@@ -50,6 +51,9 @@ _BEGIN: Final = """
     INSERT INTO sessions (player_id, session_id, data, created_at, state, state_since, last_online,
         start, mail_from, seen, told, owed)
     VALUES (?, ?, coalesce((SELECT value FROM data WHERE key = ?), '{}'), ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+_MAIL: Final = """
+    SELECT EXISTS (SELECT 1 FROM messages WHERE target = :target AND seq > :after)
+        OR EXISTS (SELECT 1 FROM targets WHERE target = :target AND removed > :after)"""
 _MARK: Final = """
     UPDATE sessions SET
         state_since = CASE WHEN state = :state OR ended_at IS NOT NULL THEN state_since ELSE :now END,
@@ -375,4 +379,10 @@ class Batch:
             created_at=since,
             last_online=posix(self.now),
         )
-        return Committed((), number, session=row, begun=True)
+        return Committed((), number, session=row, begun=True, mail=self._has_mail(row))
+
+    def _has_mail(self, row: SessionRow) -> bool:
+        """Whether the session that has just begun has messages, or has lost some. Only its own mail can be older."""
+        target = names.to_player(row.player_id)
+        found = self.db.execute(_MAIL, {"target": target, "after": row.mail_from}).fetchone()
+        return bool(found[0])
