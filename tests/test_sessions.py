@@ -726,3 +726,66 @@ async def test_who_is_back_while_linkdead_is_being_stored_was_lost_once(
         back = await entered(world, query="position=1-0")
         await back.hear(10)
         assert back.lines == ["lost", "back"]
+
+
+async def test_who_comes_to_a_quiet_session_is_not_kept_waiting_by_the_store(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """Nothing is read for a new player without mail, or for one who comes again when nothing was said."""
+    disk = Disk()
+    async with play(tmp_path / "m.db", game=Puppet(), hook=disk) as world:
+        for player, resumed in (("ann", False), ("bob", False), ("ann", True)):
+            client = await world.websocket(player)
+            assert (await client.until_type("welcome"))["resumed"] is resumed
+            await client.hear()
+            client.close()
+            await trio.sleep(1)
+        assert disk.reads == 0
+
+
+async def test_what_was_said_meanwhile_is_read(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with play(tmp_path / "m.db", game=Puppet()) as world:
+        ann = await entered(world)
+        ann.close()
+        await trio.sleep(5)
+        for target in ({"player_id": "ann"}, {"broadcast": True}):
+            await world.publish(**target, message={"type": "line", "content": "meanwhile"})
+            again = await world.websocket("ann")
+            assert (await again.until_type("welcome"))["resumed"]
+            await again.hear()
+            assert [line["content"] for line in again.of("line")] == ["meanwhile"]
+            again.close()
+            await trio.sleep(5)
+
+
+async def test_mail_waits_for_a_new_player(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with play(tmp_path / "m.db", game=Puppet()) as world:
+        await world.publish(player_id="ann", message={"type": "line", "content": "welcome, ann"})
+        ann = await world.websocket("ann")
+        await ann.hear()
+        assert [line["content"] for line in ann.of("line")] == ["welcome, ann"]
+        ann.close()
+
+
+@pytest.mark.parametrize("trouble", ["refused", "hanging"])
+async def test_a_session_that_exists_is_joined_though_the_store_cannot_be_written(
+    tmp_path: Path, autojump_clock: MockClock, trouble: str
+) -> None:
+    disk = Disk()
+    async with play(tmp_path / "m.db", game=Puppet(), hook=disk, linkdead_grace=10) as world:
+        ann = await entered(world)
+        ann.close()
+        await trio.sleep(30)
+        assert await status_of(world) == "offline"
+        if trouble == "refused":
+            disk.no_writes = True
+        else:
+            disk.hangs = True
+            with trio.move_on_after(3):
+                await world.publish(player_id="bob", message={"type": "line", "content": "never stored"})
+        again = await world.websocket("ann")
+        with trio.fail_after(3):
+            assert (await again.until_type("welcome"))["player_id"] == "ann"
+        disk.no_writes = False
+        disk.mend()
+        again.close()

@@ -22,6 +22,7 @@ from mythos_trio.core.transaction import (
     Committed,
     End,
     Outcome,
+    PresenceMark,
     Reason,
     Refused,
     Request,
@@ -404,6 +405,21 @@ def test_receivers_are_the_sessions_whose_stream_has_it(store: Bench) -> None:
 
 
 # What is written behind.
+
+
+def test_presence_is_noted_of_sessions_that_have_not_ended(store: Bench) -> None:
+    store.begin()
+    mark = PresenceMark("ann", "s1", "linkdead", "linkdead", "")
+    store.db.note(evolve(NO_NOTES, presence={("ann", "s1"): (mark, NOW + 3)}))
+    row = store.db.current_session("ann")
+    assert row is not None
+    assert (row.state, row.told, row.owed) == ("linkdead", "linkdead", "")
+    store.do(End("ann", "s1", "removed"))
+    store.mark("ann", "s1", "ended", "linkdead", "leave")
+    store.db.note(evolve(NO_NOTES, presence={("ann", "s1"): (mark, NOW + 4)}))
+    row = store.db.find_session("ann", "s1")
+    assert row is not None
+    assert (row.state, row.told, row.owed) == ("ended", "linkdead", "leave")
 
 
 def test_marks_and_connections_are_noted(store: Bench) -> None:

@@ -375,6 +375,9 @@ async def test_what_retention_took_from_this_session_is_told(tmp_path: Path, aut
     async with play(tmp_path / "m.db", game=Puppet(), message_retention_count=3, cleanup_interval=10) as world:
         ann, bob = await world.websocket("ann"), await world.websocket("bob")
         start, bobs = (await ann.next())["position"], (await bob.next())["position"]
+        ann.close()  # or all of it would be in memory
+        bob.close()
+        await trio.sleep(1)
         published = [await line(world, number) for number in range(6)]
         await trio.sleep(11)
         back = await world.websocket("ann", f"position={start}")

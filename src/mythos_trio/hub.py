@@ -23,6 +23,7 @@ from mythos_trio.core.timeline import Timeline
 from mythos_trio.core.transaction import (
     Append,
     Committed,
+    PresenceMark,
     SetTimer,
     Subscribe,
     TimerChange,
@@ -99,6 +100,7 @@ class Hub:
         self._opened: dict[str, ConnectionRow] = {}
         self._closed: list[str] = []
         self._last_online: dict[tuple[str, str], float] = {}
+        self._presence: dict[tuple[str, str], tuple[PresenceMark, float]] = {}
         self.departed: OrderedDict[tuple[str, str], deque[Departed]] = OrderedDict()
         """The newest connections that are over, by player and session."""
 
@@ -265,6 +267,14 @@ class Hub:
         marks = self._marks.get(player_id, {})
         return max(marks.values(), default=0) if session_id is None else marks.get(session_id, 0)
 
+    def note_presence(self, mark: PresenceMark, now: float) -> None:
+        """A change of presence with which nothing is owed, neither before it nor after."""
+        self._presence[mark.player_id, mark.session_id] = mark, now
+
+    def drop_presence(self, player_id: str, session_id: str) -> None:
+        """A transaction is about to say something newer."""
+        self._presence.pop((player_id, session_id), None)
+
     def note_opened(self, row: ConnectionRow) -> None:
         self._opened[row.connection_id] = row
 
@@ -301,11 +311,11 @@ class Hub:
     def waiting_notes(self) -> int:
         """How much has gathered to be written behind."""
         marks = sum(map(len, self._marks.values()))
-        return marks + len(self._opened) + len(self._closed) + len(self._last_online)
+        return marks + len(self._opened) + len(self._closed) + len(self._last_online) + len(self._presence)
 
     def notes(self, limit: int) -> Notes | None:
         """What has gathered first to be written behind, of each kind *limit* at most; None if nothing has."""
-        if not (self._marks or self._opened or self._closed or self._last_online):
+        if not (self._marks or self._opened or self._closed or self._last_online or self._presence):
             return None
         marks = (
             ((player_id, session_id), mark)
@@ -317,6 +327,7 @@ class Hub:
             tuple(islice(self._opened.values(), limit)),
             tuple(self._closed[:limit]),
             dict(islice(self._last_online.items(), limit)),
+            dict(islice(self._presence.items(), limit)),
         )
 
     def noted(self, notes: Notes) -> None:
@@ -334,3 +345,6 @@ class Hub:
         for key, at in notes.last_online.items():
             if self._last_online.get(key) == at:
                 del self._last_online[key]
+        for key, noted in notes.presence.items():
+            if self._presence.get(key) is noted:
+                del self._presence[key]

@@ -137,24 +137,42 @@ class Registrar:
 
         It `accepts` connections as long as the caller does not wait. Raises a refusal with the close code to tell.
         """
+        session = self._joinable(player_id, wanted)
+        if session is None and not self._is_here(player_id) and self._store_is_quick():
+            # The usual way in: one commit, which has its own deadline.
+            await self._admit(player_id, wanted)
+            session = self._joinable(player_id, wanted)
+        return await self._join_in_turn(player_id, wanted) if session is None else session
+
+    def _joinable(self, player_id: str, wanted: str | None) -> LiveSession | None:
+        """The player's live session if it can be joined in this moment; raises a refusal if none can be."""
+        if self._context.draining:
+            raise draining()
+        self._refuse_if_crashing(player_id)
+        session = self._hub.sessions.get(player_id)
+        if session is None or player_id in self._changes or wanted not in (None, session.session_id):
+            return None
+        return session if session.accepts else None
+
+    def _is_here(self, player_id: str) -> bool:
+        return player_id in self._hub.sessions or player_id in self._changes
+
+    async def _join_in_turn(self, player_id: str, wanted: str | None) -> LiveSession:
+        """After what has to come first: a change that is under way, the end of a session, a switch."""
         with trio.move_on_after(JOIN_SECONDS):
-            while True:
-                if self._context.draining:
-                    raise draining()
-                self._refuse_if_crashing(player_id)
+            while (joinable := self._joinable(player_id, wanted)) is None:
                 session = self._hub.sessions.get(player_id)
                 if player_id in self._changes:
                     await self._wait_change(player_id)
                 elif session is not None and session.over:
                     await self._wait_finished(session)
                 elif session is not None and wanted in (None, session.session_id):
-                    if session.accepts:
-                        return session
                     await (self._wait_finished(session) if session.ready.is_set() else session.ready.wait())
                 elif session is None and self._store_is_quick():
                     await self._admit(player_id, wanted)
                 else:
                     await self._change(player_id, partial(self._let_in, player_id, wanted, None))
+            return joinable
         raise busy("the player's session is being changed: try again")
 
     async def switch(self, player_id: str, session_id: str | None) -> SwitchResult:
@@ -664,6 +682,8 @@ class Registrar:
 
     def _refuse_if_crashing(self, player_id: str) -> None:
         """Three crashes in a minute: 4009 with growing ``retry_ms``."""
+        if player_id not in self._crashes:
+            return
         now = trio.current_time()
         recent = [at for at in self._crashes.get(player_id, ()) if now - at < 60]
         if len(recent) >= CRASHES_A_MINUTE:

@@ -305,6 +305,7 @@ class LiveSession:
         return await self._store_offline()
 
     async def _store_offline(self) -> bool:
+        self._hub.drop_presence(self.player_id, self.session_id)
         mark = PresenceMark(self.player_id, self.session_id, State.OFFLINE.value, self.presence.told.value, "")
         try:
             submission = await self._context.dispatcher.submit(Transaction(presence=[mark]))
@@ -536,9 +537,16 @@ class LiveSession:
         """Note what is owed now, and the state, where that has changed. What the game has no handler for it is not
         owed: that saves each visit two transactions."""
         presence = presence.without(self._context.unheard)
-        if presence != self.presence or self.state is not self._noted_state:
-            self.presence = presence
-            self._noted_state = self.state
+        if presence == self.presence and self.state is self._noted_state:
+            return
+        # With nothing to pay before and after it no mark is under way that this one could overtake; and to a start
+        # after a crash online and link-dead are the same.
+        quiet = not self.presence.owed and not presence.owed and self._noted_state is not State.OFFLINE
+        self.presence = presence
+        self._noted_state = self.state
+        if quiet:
+            self._hub.note_presence(self._mark(), self._context.clock.now())
+        else:
             self._note_presence()
             self._start_working()
 
@@ -566,6 +574,11 @@ class LiveSession:
         )
 
     def mark(self) -> PresenceMark:
+        """For a transaction: what waits to be written behind is older."""
+        self._hub.drop_presence(self.player_id, self.session_id)
+        return self._mark()
+
+    def _mark(self) -> PresenceMark:
         state = State.ONLINE if self.state is State.ONLINE else State.LINKDEAD
         return PresenceMark(
             self.player_id, self.session_id, state.value, self.presence.told.value, self.presence.owed_text

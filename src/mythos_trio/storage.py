@@ -23,7 +23,17 @@ from attrs import define, field, frozen
 from mythos_trio.core.data import Value
 from mythos_trio.core.position import Epochs
 from mythos_trio.core.session import SessionRow as SessionRow  # a part of this interface
-from mythos_trio.core.transaction import Answer, Append, Committed, Outcome, Reason, Refused, SetTimer, Transaction
+from mythos_trio.core.transaction import (
+    Answer,
+    Append,
+    Committed,
+    Outcome,
+    PresenceMark,
+    Reason,
+    Refused,
+    SetTimer,
+    Transaction,
+)
 from mythos_trio.seams import Clock
 
 P = ParamSpec("P")
@@ -115,6 +125,8 @@ class Notes:
     closed: Sequence[str]
     """Connection ids."""
     last_online: Mapping[tuple[str, str], float]
+    presence: Mapping[tuple[str, str], tuple[PresenceMark, float]] = field(factory=dict)
+    """Marks with which nothing is owed, and since when they hold (POSIX seconds)."""
 
 
 @frozen

@@ -9,6 +9,7 @@ by a moment, the wait for the peer to take the last words, is done in `Streams.r
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
@@ -355,6 +356,7 @@ class Streams:
         return resume_from(named, newest=hub.newest, seen=session.seen, epochs=hub.epochs)
 
     async def _first_chunk(self, session: LiveSession, after: int) -> Chunk:
+        """What has to be read from the store, before what is in memory."""
         hub = self._context.hub
         try:
             with trio.fail_after(OPEN_SECONDS):
@@ -440,10 +442,11 @@ class Streams:
             session_id=session.session_id,
             connection_id=connection.id,
         )
-        log.debug(
-            "Session ID", player_id=session.player_id, session_id=session.session_id, wanted=arrival.wish.session_id
-        )
-        _debug_state(connection, "connected")
+        if log.is_enabled_for(logging.DEBUG):
+            log.debug(
+                "Session ID", player_id=session.player_id, session_id=session.session_id, wanted=arrival.wish.session_id
+            )
+            _debug_state(connection, "connected")
 
     # Ending.
 
@@ -485,7 +488,8 @@ class Streams:
             self._tell_quiet()
 
     def _log_disconnected(self, connection: Connection, transport: Transport, close: Close, by: str) -> None:
-        _debug_state(connection, "disconnected")
+        if log.is_enabled_for(logging.DEBUG):
+            _debug_state(connection, "disconnected")
         link, session = connection.link, connection.session
         lost = max(0, connection.behind) if link.unsent or connection.behind else 0
         fields = {

@@ -52,6 +52,9 @@ _COUNT: Final = """
     INSERT INTO targets (target, messages, bytes) VALUES (?, ?, ?)
     ON CONFLICT (target) DO UPDATE SET messages = messages + excluded.messages, bytes = bytes + excluded.bytes
     RETURNING messages"""
+_NOTED: Final = """
+    UPDATE sessions SET state_since = CASE WHEN state = ? THEN state_since ELSE ? END, state = ?, told = ?, owed = ?
+    WHERE player_id = ? AND session_id = ? AND ended_at IS NULL"""
 _ABANDONED: Final = Refused(Reason.FAILED, "abandoned before it was stored")
 
 
@@ -504,6 +507,13 @@ class SqliteDatabase(ReadingHalf):
     @staticmethod
     def _note(db: sqlite3.Connection, notes: Notes) -> None:
         where = "player_id = ? AND session_id = ?"
+        db.executemany(
+            _NOTED,
+            [
+                (mark.state, rfc3339(at), mark.state, mark.told, mark.owed, *key)
+                for key, (mark, at) in notes.presence.items()
+            ],
+        )
         db.executemany(
             f"UPDATE sessions SET seen = ? WHERE {where} AND seen < ?",
             [(seen, *key, seen) for key, seen in notes.seen.items()],
