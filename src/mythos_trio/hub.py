@@ -16,7 +16,7 @@ from attrs import frozen
 
 from mythos_trio.core import names
 from mythos_trio.core.backlog import Replaced
-from mythos_trio.core.data import Data
+from mythos_trio.core.data import PLAYER, Data
 from mythos_trio.core.log import Log, Topic
 from mythos_trio.core.session import State
 from mythos_trio.core.timeline import Timeline
@@ -188,6 +188,10 @@ class Hub:
         clock = self.clocks.get(change.owner)
         if clock is not None:
             clock.changed(change.name)
+        elif change.owner.startswith(PLAYER) and change.owner in self.timers:
+            session = self.sessions.get(change.owner.removeprefix(PLAYER))
+            if session is not None:
+                session.open_clock()
 
     def _receivers(self, target: str) -> Collection[LiveSession]:
         if target.startswith("@"):

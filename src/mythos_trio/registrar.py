@@ -25,6 +25,7 @@ import trio
 from attrs import define, evolve, field, frozen
 
 from mythos_trio import logs
+from mythos_trio.bell import Once
 from mythos_trio.core.errors import BUSY, REMOVED, REPLACED, Close, ErrorType, Refusal, busy
 from mythos_trio.core.position import Position
 from mythos_trio.core.session import Admission, Owed, Presence, State, Told, admission, parse_presence
@@ -70,8 +71,8 @@ MAX_REMEMBERED: Final = 10_000
 class _Change:
     """A change of one player that is under way."""
 
-    done: trio.Event = field(factory=trio.Event)
-    answered: trio.Event = field(factory=trio.Event)
+    done: Once = field(factory=Once)
+    answered: Once = field(factory=Once)
     """Set with *done*, or with *late*."""
     late: bool = False
     """It takes too long: who waits is told to try again; it goes on by itself."""

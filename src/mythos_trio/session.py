@@ -20,7 +20,7 @@ import trio
 from attrs import evolve
 
 from mythos_trio import logs
-from mythos_trio.bell import Bell
+from mythos_trio.bell import Bell, Once
 from mythos_trio.core import wire
 from mythos_trio.core.commands import Commands, Entry, Remembered
 from mythos_trio.core.data import player_key
@@ -108,7 +108,6 @@ class LiveSession:
         "_paid",
         "_paying",
         "_resting",
-        "_scope",
         "_told_index",
         "_view",
         "_working",
@@ -164,9 +163,9 @@ class LiveSession:
         # The log that the next connection goes on with: of a session without one, as long as nothing but its topics has
         # spoken since everything was seen. So who comes, or comes again, to a quiet session needs no reading.
         self.rest: Log | None = None
-        self.ready = trio.Event()  # `nursery` is open, or never will be again
-        self.finished = trio.Event()  # nothing of it runs any more
-        self.gone = trio.Event()  # and what follows has been seen to
+        self.ready = Once()  # `nursery` is open, or never will be again
+        self.finished = Once()  # nothing of it runs any more
+        self.gone = Once()  # and what follows has been seen to
         self.why: Why | None = None
         self.fresh = complete  # it has begun now, and nobody has been connected yet
         self.over = False  # it takes no more connections
@@ -174,7 +173,6 @@ class LiveSession:
         self.nursery: trio.Nursery | None = None
         self._context = context
         self._hub = context.hub
-        self._scope = trio.CancelScope()
         self._commands: Commands[Asker] = Commands(complete=complete)
         self._deliveries = Deliveries(self.seen)
         self._told_index = 0  # while there is a lead: where in the log that stands which `_deliveries` knows of
@@ -185,7 +183,7 @@ class LiveSession:
         self._leave_reason = "linkdead"
         # `on_leave` of the player's former session, if that is still being run: all handlers come after it.
         self.comes_after: trio.Event | None = None
-        self._grace_over = trio.Event()
+        self._grace_over = Bell()
         self._paid: trio.Event | None = None
         self._paying: Submission | None = None
         self._note_after_paying = False
@@ -228,17 +226,18 @@ class LiveSession:
     async def run(self) -> None:
         """The player's nursery. Returns when the session is over; `why` says how."""
         try:
-            with self._scope:
-                async with trio.open_nursery() as nursery:
-                    self.nursery = nursery
-                    self._clock = TimerClock(self._hub, player_key(self.player_id), self._ring, nursery.start_soon)
-                    self._clock.open()
-                    self.ready.set()
-                    self._start_working()
-                    self._begin_grace()
-                    await self._live()
-                    self.why = Why.OFFLINE
+            async with trio.open_nursery() as nursery:
+                if self.over:  # it was ended before this task's first step
                     nursery.cancel_scope.cancel()
+                self.nursery = nursery
+                if player_key(self.player_id) in self._hub.timers:
+                    self.open_clock()
+                self.ready.set()
+                self._start_working()
+                self._begin_grace()
+                await self._live()
+                self.why = Why.OFFLINE
+                nursery.cancel_scope.cancel()
         except* Exception as group:
             # The one place where what escapes in a session is caught. `Cancelled` is not an
             # Exception and goes on.
@@ -269,7 +268,6 @@ class LiveSession:
         """Until the player has been link-dead for the whole grace time and the game knows it."""
         while True:
             await self._grace_over.wait()
-            self._grace_over = trio.Event()
             # A connection may have come, and gone, before this task has run: the grace begins again.
             if self.online or self.arriving or self._context.graces.has(self):
                 continue
@@ -284,7 +282,7 @@ class LiveSession:
 
     def grace_over(self) -> None:
         """It has been link-dead for the whole grace time."""
-        self._grace_over.set()
+        self._grace_over.ring()
 
     async def _leave(self) -> bool:
         """Offline, if the game could be told; False if the store refused, or a drain has begun (then no
@@ -324,7 +322,8 @@ class LiveSession:
         self._leave_reason = reason
         for connection in list(self.connections.values()):
             connection.end(close, by=by)
-        self._scope.cancel()
+        if self.nursery is not None:
+            self.nursery.cancel_scope.cancel()
 
     # Connections.
 
@@ -703,6 +702,12 @@ class LiveSession:
             self._note_presence()
 
     # Timers: they run while the session lives, and rest while the player is offline.
+
+    def open_clock(self) -> None:
+        """The player has timers: from now on they run. Most players have none, and then there is no clock."""
+        if self._clock is None and self.nursery is not None:
+            self._clock = TimerClock(self._hub, player_key(self.player_id), self._ring, self.nursery.start_soon)
+            self._clock.open()
 
     def _ring(self, timer: SetTimer) -> None:
         self._due.append(timer)
