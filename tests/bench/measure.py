@@ -249,6 +249,7 @@ def running(
         if store is not None:
             (place / "data").mkdir()
             shutil.copytree(store, place / "data/players")
+            os.sync()  # else the server's first fsync writes the copy, and its start looks slow
         inherited = {name: text for name, text in os.environ.items() if name not in SPECS}
         paths = f"{ROOT}{os.pathsep}{ROOT / 'src'}"
         environment = {**inherited, "PYTHONPATH": paths, "NODE_PATH": str(programs.node_modules), "PORT": str(port)}
