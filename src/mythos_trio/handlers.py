@@ -223,7 +223,7 @@ class Deadline:
         """It has ended, by *error* if there is one; whether that says only that it was cut off.
 
         :raises BaseExceptionGroup: what else there is in *error*.
-        :raises RuntimeError: it has left a nursery open, or a scope with a deadline, which would cut off a later handler.
+        :raises RuntimeError: it has left a nursery open, or a scope with a deadline: that would cut off a later one.
         """
         context = self.context
         del context.handlers[self]
