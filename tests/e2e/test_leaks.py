@@ -29,8 +29,9 @@ class Leaky(Game):
             case "task":
                 trio.lowlevel.spawn_system_task(self.forgotten, name="forgotten")
             case "dup":
+                # All of them: one may be a POST's, and gone in a moment.
                 clients = [fd for fd in map(int, os.listdir("/proc/self/fd")) if is_client(fd)]
-                self.held.append(os.dup(clients[0]))
+                self.held += [os.dup(fd) for fd in clients]
             case "mend":
                 self.scope.cancel()
                 while self.held:
