@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from mythos_trio import rounds
+from mythos_trio import logs, rounds
 from mythos_trio.connection import Connection
 from tests.support.games import Puppet
 from tests.support.play import Client, World, play
@@ -218,3 +218,22 @@ async def _act(path: Path, steps: list[tuple[str, int]]) -> None:
             client.wire.other.stall(False)
             heard[index] += await lines(client)
         assert [[number for number, _ in of] for of in heard] == wanted
+
+
+async def test_what_waited_in_the_store_has_a_line_each(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with play(tmp_path / "m.db", game=Puppet()) as world:
+        ann = await opened(world, "ann")
+        ann.close()
+        await trio.sleep(3)
+        sent = [await world.publish(**player("ann", 1))]
+        await trio.sleep(10)
+        sent += [await world.publish(**player("ann", number)) for number in (2, 3)]
+        with logs.capture() as lines_:
+            back = await opened(world, "ann")
+            assert await lines(back) == [1, 2, 3]
+        told = [line for line in lines_ if line["event"] == "Message delivered"]
+        assert [line["message_id"] for line in told if line["mail"]] == [
+            answer["id"] for answer in [*sent[1:], sent[0]]
+        ]
+        assert [line["level"] for line in told] == ["INFO", "INFO", "WARNING"], "more than a second is slow"
+        assert all(line["player_id"] == "ann" and line["receivers"] == 1 for line in told)

@@ -15,8 +15,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 from attrs import define, frozen
@@ -279,31 +279,31 @@ def delivered_fields(message: Message, ms: float) -> dict[str, object]:
     return fields
 
 
-def log_delivered(message: Message, ms: float, **more: object) -> None:
+def log_delivered(message: Message, ms: float) -> None:
     """ "Message delivered": the first connection of a receiver has got it."""
-    level: Callable[..., object] = log.warning if ms > SLOW_MS and not more.get("mail") else log.info
-    level(DELIVERED, **delivered_fields(message, ms), **more)
+    level: Callable[..., object] = log.warning if ms > SLOW_MS else log.info
+    level(DELIVERED, **delivered_fields(message, ms))
     if log.is_enabled_for(logging.DEBUG):
         _debug_message(message, ms)
 
 
 def log_mail(messages: Sequence[Message], now: float) -> None:
-    """ "Message delivered" to one player, for *messages* that were read from the store: a line for each target.
+    """ "Message delivered", later: *messages* were read from the store, where they had waited since `accepted_at`.
 
-    When a thousand players come back with a hundred messages each to read, a line for each message is half of the cost.
+    In one go: when a thousand players come back with a hundred messages each, lines one by one are half of the cost.
     """
-    by_target: dict[str, list[Message]] = {}
-    for message in messages:
-        by_target.setdefault(message.target, []).append(message)
-    for same in by_target.values():
-        newest = same[-1]
-        # `Message.accepted_at` is set on those that were read from the store.
-        ms = max(0.0, now - same[0].accepted_at) * 1000
-        more = {} if len(same) == 1 else {"messages": len(same), "message_ids": [message.id for message in same]}
-        log_delivered(newest, ms, mail=True, **more)
-        if log.is_enabled_for(logging.DEBUG):
-            for message in same[:-1]:
-                _debug_message(message, max(0.0, now - message.accepted_at) * 1000)
+    rows = [
+        {**delivered_fields(message, max(0.0, now - message.accepted_at) * 1000), "mail": True} for message in messages
+    ]
+    log.info_each(DELIVERED, [row for row in rows if not _is_slow(row)])
+    log.warning_each(DELIVERED, [row for row in rows if _is_slow(row)])
+    if log.is_enabled_for(logging.DEBUG):
+        for message in messages:
+            _debug_message(message, max(0.0, now - message.accepted_at) * 1000)
+
+
+def _is_slow(row: Mapping[str, Any]) -> bool:
+    return bool(row["delivery_time_ms"] > SLOW_MS)
 
 
 def _debug_message(message: Message, ms: float) -> None:

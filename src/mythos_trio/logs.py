@@ -145,8 +145,23 @@ class Logger(structlog.BoundLoggerBase):
     def info_each(self, event: str, rows: Sequence[Event]) -> None:
         """`info` with each of *rows*, in one go. They hold no exceptions, and nothing in them is slow (`SLOW_MS`):
         so there is nothing for the processors to do, which cost more than the rest of a line. They are taken over."""
-        if rows and _state.level <= logging.INFO:
-            _state.sink(Lines({**self._context, "event": event, "level": "INFO", "timestamp": time.time()}, rows))
+        self._emit_each(logging.INFO, event, rows)
+
+    def warning_each(self, event: str, rows: Sequence[Event]) -> None:
+        """The same with `warning`."""
+        self._emit_each(logging.WARNING, event, rows)
+
+    def _emit_each(self, level: int, event: str, rows: Sequence[Event]) -> None:
+        if not rows or (level < logging.WARNING and level < _state.level):
+            return
+        name = logging.getLevelName(level)
+        lines = Lines({**self._context, "event": event, "level": name, "timestamp": time.time()}, rows)
+        if level >= logging.WARNING and _state.callbacks:
+            for line in lines.each():
+                for callback in list(_state.callbacks):
+                    callback(line)
+        if level >= _state.level:
+            _state.sink(lines)
 
     def warning(self, event: str, **fields: Any) -> None:
         self._emit(logging.WARNING, event, fields)
