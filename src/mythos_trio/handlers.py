@@ -384,7 +384,7 @@ async def run_handler(
     deadline.begin()
     try:
         result = await contained(call, name, player_id)
-    except BaseException as error:
+    except BaseException as error:  # noqa: ASYNC103 - a scope's end: it tells whether all of it was its own
         if not deadline.end(error):
             raise
     else:
@@ -434,7 +434,7 @@ def contained(call: Callable[[], Awaitable[T]], name: str, player_id: str) -> Ge
             if _may_escape(error):
                 raise
             # sys.exit() in a handler would end the server, for all.
-            raise _ends_nothing(name, error) from error
+            raise _ends_nothing(name, error) from error  # noqa: ASYNC104 - it is none of Trio's
         finally:
             if (seconds := time.perf_counter() - began) >= BLOCKED_SECONDS:
                 _warn_blocked(name, player_id, seconds)
