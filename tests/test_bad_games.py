@@ -203,6 +203,10 @@ async def leave_a_scope_open_at_once(player: Player) -> None:
     trio.move_on_after(60).__enter__()  # noqa: ASYNC122 - a mistake
 
 
+async def leave_a_shield_open(player: Player) -> None:
+    trio.CancelScope(shield=True).__enter__()
+
+
 async def leave_a_nursery_open(player: Player) -> None:
     await trio.open_nursery().__aenter__()
 
@@ -243,6 +247,7 @@ async def await_nothing(player: Player) -> None:
         (set_a_field_of_the_server, "send: the server sets seq; name the field otherwise"),
         (leave_a_scope_open, "Cancel scope stack corrupted"),
         (leave_a_scope_open_at_once, "Cancel scope stack corrupted"),
+        (leave_a_shield_open, "Cancel scope stack corrupted"),
         (leave_a_nursery_open, "Cancel scope stack corrupted"),
         (await_nothing, "TypeError"),
     ],

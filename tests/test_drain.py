@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -349,3 +350,22 @@ async def test_a_kill_in_the_middle_of_a_drain_is_an_ordinary_crash(tmp_path: Pa
         back = await entered(world, query=f"position={ann.position}")
         assert (await back.command("sleep 1", "c1"))["ok"] is True
         assert back.lines == ["slept"]
+
+
+async def test_what_has_come_on_a_kept_connection_when_the_drain_begins_is_answered(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """It was in the kernel: who let the idle connections go did not look."""
+    body = json.dumps({"player_id": "ann", "message": {"type": "line", "content": 1}}).encode()
+    request = b"POST /api/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    async with play(tmp_path / "m.db", game=Puppet()) as world:
+        clients = [Client(world.wire()) for _ in range(20)]
+        for client in clients:
+            await client.send_all(request)
+            assert (await client.receive()).startswith(b"HTTP/1.1 202 ")
+        await trio.sleep(1)
+        for client in clients:
+            client.wire.send(request)
+        world.server.stop()
+        statuses = {(await client.receive())[9:12] for client in clients}
+    assert statuses <= {b"202", b"503"}

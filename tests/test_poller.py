@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
+from trio.testing import MockClock
 
 from mythos_trio.net import SocketWire, Wire
 from mythos_trio.poller import Poller
+from tests.support.games import Puppet
 from tests.support.memory_net import wire_pair
+from tests.support.play import Client, play
 from tests.test_net import eventually, open_real_pair
 
 Pair = tuple[Wire, Wire]
@@ -120,3 +125,23 @@ async def test_after_its_end_it_does_nothing(pair: Pair) -> None:
         nursery.cancel_scope.cancel()
     poller.watch(pair[1], lambda: None)
     poller.forget(pair[1])
+
+
+async def test_a_kernel_that_watches_no_more_costs_one_connection(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fs.epoll.max_user_watches is reached, or its memory."""
+
+    def refuse(self: Poller, *more: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    body = b'{"player_id":"ann","message":{"type":"line","content":1}}'
+    async with play(tmp_path / "m.db", game=Puppet()) as world:
+        client = Client(world.wire())
+        monkeypatch.setattr(Poller, "watch", refuse)
+        await client.send_all(
+            b"POST /api/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        assert (await client.receive()).startswith(b"HTTP/1.1 202 ")
+        assert await client.receive() == b""
+        assert (await world.request("GET", "/health"))[0] == 200

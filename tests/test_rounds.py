@@ -14,6 +14,8 @@ from trio.testing import MockClock
 
 from mythos_trio import logs, rounds
 from mythos_trio.connection import Connection
+from mythos_trio.core.backlog import CHUNK_BYTES
+from mythos_trio.dispatcher import Dispatcher
 from tests.support.games import Puppet
 from tests.support.play import Client, World, play
 
@@ -237,3 +239,53 @@ async def test_what_waited_in_the_store_has_a_line_each(tmp_path: Path, autojump
         ]
         assert [line["level"] for line in told] == ["INFO", "INFO", "WARNING"], "more than a second is slow"
         assert all(line["player_id"] == "ann" and line["receivers"] == 1 for line in told)
+
+
+async def test_a_round_costs_who_does_not_read_no_more_than_a_chunk(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """All of a commit was joined for each, and what the kernel did not take was kept: megabytes for a client."""
+    async with play(tmp_path / "m.db", game=Puppet(), write_timeout=5000, pong_timeout=5000) as world:
+        clients = await crowd(world, SIZE)
+        for number, client in enumerate(clients):
+            await subscribed(world, f"p{number}", "ooc")
+            client.wire.other.stall()
+        own = [player(f"p{number}", "own") for number in range(SIZE)]
+        await batch(world, *(channel("ooc", "x" * 5000) for _ in range(100)), *own)
+        await batch(world, *(everybody("y" * 5000) for _ in range(100)))
+        assert max(connection_of(world, client).link.unsent for client in clients) <= 2 * CHUNK_BYTES
+        for client in clients:
+            client.wire.other.stall(False)
+            assert await lines(client) == ["x" * 5000] * 100 + ["own"] + ["y" * 5000] * 100
+
+
+async def test_who_does_not_read_is_spared_what_is_replaced_in_a_round(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with play(tmp_path / "m.db", game=Puppet(), write_timeout=5000, pong_timeout=5000) as world:
+        ann = await opened(world, "ann")
+        ann.wire.other.stall()
+        text = {"type": "line", "replace_key": "hp"}
+        await batch(world, *({"player_id": "ann", "message": {**text, "content": [n, "x" * 5000]}} for n in range(300)))
+        ann.wire.other.stall(False)
+        heard = await lines(ann)
+        assert len(heard) < 30
+        assert heard[-1][0] == 299
+
+
+async def test_a_session_counts_once_though_one_of_its_connections_is_ahead_of_the_round(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with play(tmp_path / "m.db", game=Puppet()) as world:
+        lead, other = await opened(world, "ann"), await opened(world, "ann", "sse")
+        apply, ahead = Dispatcher._apply, connection_of(world, other)
+
+        async def apply_and_pause(self: Dispatcher, *more: Any) -> Any:
+            applied = await apply(self, *more)
+            ahead.offer_heartbeat()
+            return applied
+
+        monkeypatch.setattr(Dispatcher, "_apply", apply_and_pause)
+        with logs.capture() as found:
+            await world.publish(**everybody(1))
+            assert [await lines(lead), await lines(other)] == [[1], [1]]
+        (line,) = [line for line in found if line["event"] == "Message delivered"]
+        assert (line["receivers"], line["players"]) == (1, ["ann"])

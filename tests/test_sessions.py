@@ -10,8 +10,11 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from mythos_trio.core.data import player_key
 from mythos_trio.core.session import State
+from mythos_trio.core.transaction import SetTimer
 from mythos_trio.game import Game, Player
+from mythos_trio.hub import Hub
 from tests.support.games import Disk, Puppet
 from tests.support.play import Client, SSEClient, WebSocketClient, World, play
 
@@ -789,3 +792,29 @@ async def test_a_session_that_exists_is_joined_though_the_store_cannot_be_writte
         disk.no_writes = False
         disk.mend()
         again.close()
+
+
+class _Timers(trio.abc.Instrument):
+    """Sets a timer of each session that ends, between any two steps of its tasks, as the dispatcher may."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+        self.set = 0
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        for session in list(self.hub.sessions.values()):
+            if session.nursery is not None and session.nursery.cancel_scope.cancel_called:
+                self.set += 1
+                timer = SetTimer(player_key(session.player_id), "day", f"{self.set}", 5.0, b"1")
+                self.hub._change_timer(timer)
+
+
+async def test_a_timer_of_a_session_that_is_ending_ends_nothing(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """Its nursery was closed, and its task had not gone on yet: the dispatcher ended, and the server with it."""
+    async with play(tmp_path / "m.db", game=Puppet()) as world:
+        await entered(world)
+        timers = _Timers(world.server.hub)
+        trio.lowlevel.add_instrument(timers)
+        await world.server.registrar.end("ann")
+        trio.lowlevel.remove_instrument(timers)  # it is gone, if it has raised
+        assert timers.set

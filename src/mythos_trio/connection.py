@@ -28,7 +28,7 @@ import trio
 from attrs import define, field, frozen
 
 from mythos_trio.core import wire
-from mythos_trio.core.backlog import Batch, Replaced, next_batch
+from mythos_trio.core.backlog import CHUNK_BYTES, Batch, Replaced, next_batch
 from mythos_trio.core.errors import Close
 from mythos_trio.core.health import Liveness
 from mythos_trio.core.position import Gap, Position
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from mythos_trio.session import LiveSession
 
 MAX_REPLIES: Final = 33
-CHUNK_BYTES: Final = 65536
 READ_MESSAGES: Final = 256
 # While the store cannot be read a connection that needs it tries again this often.
 RETRY_SECONDS: Final = 1.0

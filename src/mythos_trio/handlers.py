@@ -169,6 +169,11 @@ class Context:
             await trio.sleep_until(wake)
 
 
+# When the scope of a `Deadline` would end by itself: what a handler has left open, with an earlier end or with a
+# shield, shows in what is in effect after it.
+_FAR: Final = 1e9
+
+
 class Deadline:
     """HANDLER_TIMEOUT of the handlers that one task runs, one after another.
 
@@ -193,7 +198,7 @@ class Deadline:
 
     def _enter(self) -> None:
         self._cut = False
-        self._scope = trio.CancelScope()
+        self._scope = trio.CancelScope(deadline=trio.current_time() + _FAR)
         self._scope.__enter__()
         self._outer = trio.current_effective_deadline()
 
@@ -242,7 +247,7 @@ class Deadline:
         if self.task.child_nurseries:
             return True
         # To ask goes up the tree of scopes, 1.5 µs: who does not ask leaves a later command without an answer.
-        return trio.current_effective_deadline() < self._outer
+        return trio.current_effective_deadline() != self._outer
 
 
 @frozen

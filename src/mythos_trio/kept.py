@@ -137,8 +137,10 @@ class Kept:
         return self._begun
 
     def let_go(self) -> None:
-        """End an idle connection: it makes room, or the server drains."""
-        self._wake(b"")
+        """End an idle connection: it makes room, or the server drains. What it asks in this moment is answered."""
+        self._receive(trio.current_time())
+        if not self._asked and not self._woken.is_set():
+            self._wake(b"")
 
     # As `Asker`.
 
@@ -154,6 +156,8 @@ class Kept:
         if self._held:
             self._held = False
             self.tended.link.watch(self._poller, self._on_readable)
+            if self.tended.link.closed:
+                self._wake(b"")
 
     def crashed(self, error: Exception) -> None:
         if self._over:

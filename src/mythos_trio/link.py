@@ -349,8 +349,12 @@ class Link(trio.abc.HalfCloseableStream):
         """Have *readable* called when something has come (`receive_now`), or the end, until `unwatch`: so that no
         task has to wait for it. It is not called for what was pushed back."""
         if not self._closed:
-            self._poller = poller
-            poller.watch(self._wire, readable)
+            try:
+                poller.watch(self._wire, readable)
+            except OSError as error:  # the kernel watches no more (fs.epoll.max_user_watches, memory)
+                self._break(error)
+            else:
+                self._poller = poller
 
     def unwatch(self) -> None:
         """Idempotent; closing does it too."""

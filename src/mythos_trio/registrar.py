@@ -331,7 +331,8 @@ class Registrar:
             with trio.move_on_after(COMMIT_SECONDS):
                 await change.answered.wait()
         finally:
-            if not change.answered.is_set():
+            # When it is done, `answered` is the session's `ready`, and only the session may say that.
+            if not change.answered.is_set() and not change.done.is_set():
                 # It is taken back, if the writer has not begun with it.
                 transaction.abandoned = True
                 change.tell_late()

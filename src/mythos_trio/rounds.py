@@ -34,11 +34,12 @@ Between slices nothing is held but the list of who is still to be written.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import islice, product
 from typing import TYPE_CHECKING, Final
 
 import trio
 
+from mythos_trio.core.backlog import CHUNK_BYTES
 from mythos_trio.core.wire import NAMED, SSE, WEBSOCKET, Framing, Message
 
 if TYPE_CHECKING:
@@ -219,6 +220,11 @@ class Rounds:
     def _write_few(self, sessions: Mapping[LiveSession, Sequence[Message]]) -> None:
         short = _Short()
         for session, messages in sessions.items():
+            if sum([len(message.body) for message in messages]) > CHUNK_BYTES:
+                # From their cursors, a chunk at a time: else a client that does not read costs all of the round.
+                for connection in list(session.connections.values()):
+                    connection.leave_cohort()
+                continue
             for connection in session.connections.values():
                 cohort = connection.cohort
                 if cohort is None:
@@ -241,12 +247,13 @@ class Rounds:
     async def _write_everyone(self, messages: Sequence[Message]) -> None:
         hub = self._hub
         waiting = [cohort for cohort in hub.cohorts if cohort.written < hub.newest]
-        for number, cohort in enumerate(waiting):
+        chunks = list(_chunks(messages, hub.newest))
+        for number, (cohort, (chunk, upto)) in enumerate(product(waiting, chunks)):
             if number:
                 await trio.lowlevel.checkpoint()
-            self._count(cohort, messages)
+            self._count(cohort, chunk)
             short = _Short()
-            cohort.write(cohort.framing.messages(messages, hub.epoch), hub.newest, short)
+            cohort.write(cohort.framing.messages(chunk, hub.epoch), upto, short)
             self._tell(short)
 
     def _count(self, cohort: Cohort, messages: Sequence[Message]) -> None:
@@ -269,3 +276,17 @@ class Rounds:
     def _tell(self, short: _Short) -> None:
         for connection in short.gone:
             self._tell_failure(connection)
+
+
+def _chunks(messages: Sequence[Message], newest: int) -> Iterator[tuple[Sequence[Message], int]]:
+    """*messages* in parts of `CHUNK_BYTES` at most, but one at least, and up to which number each completes the
+    stream: a client that does not read costs no more than one of them."""
+    chunk: list[Message] = []
+    size = 0
+    for message in messages:
+        size += len(message.body)
+        if chunk and size > CHUNK_BYTES:
+            yield chunk, chunk[-1].seq
+            chunk, size = [], len(message.body)
+        chunk.append(message)
+    yield chunk, newest

@@ -12,7 +12,7 @@ is no longer the session's: it is committed and delivered even if the session is
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -439,6 +439,9 @@ class LiveSession:
         upto = deliveries.upto
         if messages[-1].seq <= upto:
             return
+        while self.lead is not None:
+            # In the middle of a round that has not come to it: it would be counted there once more.
+            self.lead.leave_cohort()
         count = 0
         mail: list[Message] = []
         for message in messages:
@@ -448,9 +451,6 @@ class LiveSession:
                 if message.accepted_at:
                     mail.append(message)
         deliveries.wrote(messages[-1].seq, count)
-        if self.lead is not None and self._log is not None:
-            # In the middle of a round that has not come to the lead.
-            self._told_index = max(self._told_index, self._log.locate(deliveries.upto) or 0)
         if mail:
             self._context.statistics.delivered(len(mail), ())
             log_mail(mail, self._context.clock.now())
@@ -591,7 +591,7 @@ class LiveSession:
         if self._resting is not None:
             self._working = True
             self._resting.ring()
-        elif self.nursery is not None:
+        elif self.nursery is not None and not self.nursery.cancel_scope.cancel_called:
             self._working = True
             self.nursery.start_soon(self._work, name=f"handlers of {self.player_id}")
 
@@ -706,8 +706,14 @@ class LiveSession:
     def open_clock(self) -> None:
         """The player has timers: from now on they run. Most players have none, and then there is no clock."""
         if self._clock is None and self.nursery is not None:
-            self._clock = TimerClock(self._hub, player_key(self.player_id), self._ring, self.nursery.start_soon)
+            self._clock = TimerClock(self._hub, player_key(self.player_id), self._ring, self._start_timer)
             self._clock.open()
+
+    def _start_timer(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Not in a nursery that ends: between the end of its last task and the next step of `run` it takes none, and
+        the dispatcher, which may be asking just then, would end with the server."""
+        if self.nursery is not None and not self.nursery.cancel_scope.cancel_called:
+            self.nursery.start_soon(function)
 
     def _ring(self, timer: SetTimer) -> None:
         self._due.append(timer)

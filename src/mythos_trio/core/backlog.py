@@ -30,6 +30,8 @@ from attrs import define, field, frozen
 
 from mythos_trio.core.wire import Message
 
+# Of bodies, in one write to a connection: a client that does not read holds up no more than this.
+CHUNK_BYTES: Final = 65536
 # 8 KiB for a connection that is behind again and again, nothing for all others.
 KEPT: Final = 512
 
