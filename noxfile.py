@@ -165,8 +165,8 @@ def python_files() -> list[str]:
 
 
 def npm_install(session: nox.Session) -> Path:
-    """The ``node_modules`` with `NPM_PACKAGES`, kept with the session's environment."""
-    home = Path(session.virtualenv.location) / "npm"
+    """The ``node_modules`` with `NPM_PACKAGES`, kept beside the sessions' environments: the registry may be slow."""
+    home = Path(session.cache_dir) / "npm"
     modules = home / "node_modules"
     if not all((modules / name).is_dir() for name in NPM_PACKAGES):
         home.mkdir(exist_ok=True)
