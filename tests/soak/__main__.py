@@ -43,10 +43,10 @@ PUBLISH_PAUSE: Final = 0.06
 COMMAND_PAUSE: Final = 0.8
 QUIET_SECONDS: Final = 45.0
 # What a life may use more than at its first measurement, which is made when it has served for some seconds: the
-# sessions' logs, and beside them those of channels and of what goes to all, fill up to their bounds, SQLite's caches
-# (of 32 and twice 8 MiB) with what is stored, and Python does not give back all that it has freed. Measured: 18 MiB
-# in the first 5,000 messages here; and with 800 a second to 24 players 127 MiB after 50,000, and after 60,000.
-RSS_MIB: Final = 24.0
+# sessions' logs fill up to their bounds, SQLite's caches (of 32 and twice 8 MiB) with what is stored, and Python
+# does not give back all that it has freed. Measured: 10 MiB in the first 5,000 messages, 0.55 KiB for each of the
+# next 60,000, then nothing for 50,000 more.
+RSS_MIB: Final = 16.0
 RSS_MIB_A_MESSAGE: Final = 1 / 1024
 MOST_RSS_MIB: Final = 64.0
 FILES_MORE: Final = 2
