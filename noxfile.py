@@ -166,7 +166,7 @@ def python_files() -> list[str]:
 
 def npm_install(session: nox.Session) -> Path:
     """The ``node_modules`` with `NPM_PACKAGES`, kept beside the sessions' environments: the registry may be slow."""
-    home = Path(session.cache_dir) / "npm"
+    home = Path(session.cache_dir).resolve() / "npm"  # what it is given to runs in other directories
     modules = home / "node_modules"
     if not all((modules / name).is_dir() for name in NPM_PACKAGES):
         home.mkdir(exist_ok=True)

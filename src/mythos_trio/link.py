@@ -576,6 +576,10 @@ class Link(trio.abc.HalfCloseableStream):
             self.on_violation(close)
 
     def _break(self, error: OSError) -> None:
+        if error.errno in (errno.ENOSPC, errno.ENOMEM):
+            # Not the peer's doing: epoll takes no more. A reset would take what was sent out of the peer's buffer.
+            self.close(LOST)
+            return
         by_client = error.errno in (errno.ECONNRESET, errno.EPIPE)
         self.reset(LOST, by="client" if by_client else "network")
 

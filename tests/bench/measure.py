@@ -73,7 +73,7 @@ def build(directory: Path, *, quick: bool = False) -> Programs:
     # The load generator has the last processor for itself, so that neither runs on the other's time.
     last, others = frozenset(cpus[-1:]), frozenset(cpus[:-1] or cpus)
     options = ("--settle-ms", "50") if quick else ()
-    return Programs(directory / "load", directory / "raw", Path(modules), others, last, options)
+    return Programs(directory / "load", directory / "raw", Path(modules).resolve(), others, last, options)
 
 
 @frozen
