@@ -15,11 +15,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
-from attrs import define, frozen
+from attrs import define, field, frozen
 
 from mythos_trio import logs
 from mythos_trio.core import names
@@ -81,6 +82,36 @@ class Submission:
         if then is not None:
             then(self)
 
+    @property
+    def asked(self) -> int:
+        """How many have asked for it."""
+        return 1
+
+    def accepted_each(self) -> Iterable[float]:
+        """When each of its messages was accepted."""
+        return repeat(self.accepted)
+
+
+@define(eq=False)
+class Publications(Submission):
+    """Publications of several clients that came one after the other, on their way as one transaction.
+
+    Their ids are the server's own: there is nothing for which one of them could be refused and not the others, so
+    they are stored together or not at all. (A transaction, an outcome and a call for each made a publication 12 µs
+    dearer, of 80.) *ids*, *askers* and *times* have one for each effect: its id, who is told, when it was accepted.
+    """
+
+    ids: list[str] = field(factory=list)
+    askers: list[Any] = field(factory=list)
+    times: list[float] = field(factory=list)
+
+    @property
+    def asked(self) -> int:
+        return len(self.askers)
+
+    def accepted_each(self) -> Iterable[float]:
+        return self.times
+
 
 @frozen
 class Failure:
@@ -107,6 +138,7 @@ class Dispatcher:
         self._statistics = statistics
         self._clock = clock
         self._batch_size = batch_size
+        self._group_size = min(batch_size, APPLY_AT_ONCE)
         self._failures = failures
         # No channel: who puts something in has made sure that there is room, and one task takes it out.
         self._queue: deque[Submission] = deque()
@@ -148,21 +180,39 @@ class Dispatcher:
     def submit_nowait(self, transaction: Transaction, then: Callable[[Submission], None] | None = None) -> Submission:
         """Queue *transaction*, or refuse it at once if too much is unsaved. *then* as in `Submission`."""
         if not self.has_room:
-            raise Refusal(
-                ErrorType.CAPACITY,
-                "too much waits to be stored: try again",
-                status=503,
-                retry_ms=int(ROOM_SECONDS * 1000),
-            )
+            raise _no_room()
         size = sum([len(effect.body) for effect in transaction.effects if type(effect) is Append])
         submission = Submission(transaction, trio.current_time(), size, then)
-        self._queue.append(submission)
-        self._gathered.set()
+        self._enqueue(submission)
         self._unsaved += 1
         self._unsaved_bytes += size
+        return submission
+
+    def publish(self, message: Append, asker: Any, then: Callable[[Any], None]) -> None:
+        """Queue a message of which the server has made up the id, or refuse it at once if too much is unsaved.
+
+        *then* is called once for all that were queued with it and in one go (`Publications`): *asker* is among theirs.
+        """
+        if not self.has_room:
+            raise _no_room()
+        last = self._queue[-1] if self._queue else None
+        if type(last) is not Publications or last.then != then or len(last.askers) == self._group_size:
+            last = Publications(Transaction(), trio.current_time(), 0, then)
+            self._enqueue(last)
+        size = len(message.body)
+        last.transaction.effects.append(message)
+        last.ids.append(message.id)
+        last.askers.append(asker)
+        last.times.append(trio.current_time())
+        last.size += size
+        self._unsaved += 1
+        self._unsaved_bytes += size
+
+    def _enqueue(self, submission: Submission) -> None:
+        self._queue.append(submission)
+        self._gathered.set()
         if self._idle.is_set():
             self._idle = trio.Event()
-        return submission
 
     @property
     def has_room(self) -> bool:
@@ -193,7 +243,7 @@ class Dispatcher:
         """What has gathered: one transaction at least, then as many as have `batch_size` effects."""
         batch: list[Submission] = []
         effects = 0
-        while self._queue and (not batch or effects < self._batch_size):
+        while self._queue and (not batch or effects + len(self._queue[0].transaction.effects) <= self._batch_size):
             batch.append(self._queue.popleft())
             effects += len(batch[-1].transaction.effects)
         if not self._queue:
@@ -215,19 +265,22 @@ class Dispatcher:
         :returns: the new messages, and when they were accepted, for the lines that say that they were delivered.
         """
         deliveries: list[tuple[Message, float]] = []
-        for count, (submission, outcome) in enumerate(zip(batch, outcomes, strict=True)):
-            if count and count % APPLY_AT_ONCE == 0:
+        count = 0
+        for submission, outcome in zip(batch, outcomes, strict=True):
+            if count >= APPLY_AT_ONCE:
                 await trio.lowlevel.checkpoint()
+                count = 0
+            count += submission.asked
             if isinstance(outcome, Committed):
                 messages, submission.connections = self._hub.apply(submission.transaction, outcome)
-                deliveries += [(message, submission.accepted) for message in messages]
+                deliveries += zip(messages, submission.accepted_each(), strict=False)
             else:
                 self._hub.data.failed(submission.transaction.writes)
             submission.settle(outcome)
         return deliveries
 
     def _leave_queue(self, batch: list[Submission]) -> None:
-        self._unsaved -= len(batch)
+        self._unsaved -= sum([submission.asked for submission in batch])
         self._unsaved_bytes -= sum(submission.size for submission in batch)
         if self._room.statistics().tasks_waiting and self.has_room:
             self._room.set()
@@ -264,6 +317,15 @@ class Dispatcher:
         for message, ms in delivered:
             if ms > SLOW_MS:
                 log_delivered(message, ms)
+
+
+def _no_room() -> Refusal:
+    return Refusal(
+        ErrorType.CAPACITY,
+        "too much waits to be stored: try again",
+        status=503,
+        retry_ms=int(ROOM_SECONDS * 1000),
+    )
 
 
 def delivered_fields(message: Message, ms: float) -> dict[str, object]:

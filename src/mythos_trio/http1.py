@@ -417,8 +417,16 @@ def response(
     head = _head(_DATE.now(), status, content_type, tuple(headers), keep_alive, server_id)
     if status == 204:
         return head + b"\r\n"
-    head += b"Content-Length: %d\r\n\r\n" % len(body)
-    return head if head_only else head + body
+    return head + b"Content-Length: %d\r\n\r\n" % len(body) if head_only else finish(head, body)
+
+
+def begin(status: int, *, headers: tuple[tuple[str, str], ...], keep_alive: bool, server_id: str) -> bytes:
+    """What answers of one moment, with JSON in them, begin with: `finish` makes each of it."""
+    return _head(_DATE.now(), status, JSON, headers, keep_alive, server_id)
+
+
+def finish(begin: bytes, body: bytes) -> bytes:
+    return b"%bContent-Length: %d\r\n\r\n%b" % (begin, len(body), body)
 
 
 @lru_cache(REMEMBERED_HEADS)

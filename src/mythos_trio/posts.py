@@ -18,11 +18,11 @@ from mythos_trio import http1, logs
 from mythos_trio.core import names, wire
 from mythos_trio.core.commands import MAX_WAITING
 from mythos_trio.core.errors import ErrorType, Refusal, invalid
-from mythos_trio.core.messages import PublisherMessage, check_message, decode_json
+from mythos_trio.core.messages import PublisherMessage, check_message, decode_json, parse_plain, plain_body
 from mythos_trio.core.rates import Buckets
 from mythos_trio.core.requests import Command, ack_position, parse_command
-from mythos_trio.core.transaction import MAX_EFFECTS, Append, Request, Transaction
-from mythos_trio.dispatcher import Submission, raise_if_refused
+from mythos_trio.core.transaction import MAX_EFFECTS, Append, Committed, Request, Transaction
+from mythos_trio.dispatcher import Publications, Submission, raise_if_refused, refusal_of
 from mythos_trio.handlers import DRAINED, draining
 from mythos_trio.kept import ANSWER_SECONDS as COMMIT_SECONDS
 from mythos_trio.registrar import check_current
@@ -30,7 +30,7 @@ from mythos_trio.seams import rfc3339
 from mythos_trio.streams import Streams
 
 if TYPE_CHECKING:
-    from mythos_trio.access import Access, Visitor
+    from mythos_trio.access import Access, Headers, Visitor
     from mythos_trio.config import Settings
     from mythos_trio.connection import Connection
     from mythos_trio.handlers import Context
@@ -52,6 +52,8 @@ BODY_SECONDS: Final = 30.0
 ANSWER_SECONDS: Final = 20.0
 
 
+# The same as JSON of `Posts._receipt`, for an id of hexadecimal digits.
+_RECEIPT: Final = b'{"id":"%b","seq":%d,"epoch":%d,"connections":%d}'
 # The status of replies that no handler has given: the command has not been run, or it counts for nothing.
 _NOT_RUN: Final[Mapping[str, int]] = {ErrorType.PERSISTENCE: 503, ErrorType.CAPACITY: 503, ErrorType.SESSION: 409}
 
@@ -132,6 +134,8 @@ class Posts:
         if head.path != MESSAGES or self._context.draining or not dispatcher.has_room:
             return False
         try:
+            if self._take_plain(head, visitor, body, asker):
+                return True
             publication = self._check_publication(head, visitor, body)
         except Refusal as refusal:
             asker.answer(*self._refused(head, visitor, refusal))
@@ -145,6 +149,46 @@ class Posts:
 
         dispatcher.submit_nowait(self._transaction(publication), stored)
         return True
+
+    def _take_plain(self, head: Head, visitor: Visitor, body: bytes, asker: Asker) -> bool:
+        """As `take`, if *body* is of the kind that nearly all are of: then it is stored and answered with those that
+        have come at the same time. May raise a refusal."""
+        context = self._context
+        visitor.require_scope("publish")
+        plain = parse_plain(body, context.settings.max_message_size)
+        if plain is None or head.header("idempotency-key") is not None:
+            return False
+        self._check_rate(visitor)
+        player, json = plain
+        id = context.randomness.message_id()
+        message = Append(names.to_player(player), id, plain_body(id, rfc3339(context.clock.now()), json))
+        context.dispatcher.publish(message, (asker, head, visitor), self._tell_published)
+        return True
+
+    def _tell_published(self, publications: Publications) -> None:
+        """Answer all who have published them."""
+        outcome = publications.outcome
+        if isinstance(outcome, Committed):
+            self._tell_stored(publications, outcome)
+            return
+        for asker, head, visitor in publications.askers:
+            refusal = _not_stored_yet() if outcome is None else refusal_of(outcome)
+            asker.answer(*self._refused(head, visitor, refusal))
+
+    def _tell_stored(self, publications: Publications, outcome: Committed) -> None:
+        """As `_receipt` and `_answered`; what most answers of one moment have in common is made once."""
+        epoch, server_id = self._context.hub.epoch, self._context.hub.server_id
+        begins: dict[tuple[bool, Headers], bytes] = {}
+        columns = zip(publications.ids, outcome.seqs, publications.connections, publications.askers, strict=True)
+        for id, seq, connections, (asker, head, _) in columns:
+            try:
+                kind = keep, cors = self._keeps(head), self._access.cors_headers(head)
+                begin = begins.get(kind)
+                if begin is None:
+                    begin = begins[kind] = http1.begin(202, headers=cors, keep_alive=keep, server_id=server_id)
+                asker.answer(http1.finish(begin, _RECEIPT % (id.encode(), seq, epoch, connections)), keep)
+            except Exception as error:
+                asker.crashed(error)
 
     def too_late(self, head: Head) -> bytes:
         """The answer to what was taken and is not stored yet, the last one on its connection."""

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mythos_trio.core.errors import ErrorType, Refusal
-from mythos_trio.core.messages import MAX_DEPTH, RESERVED_TYPES, check_message, decode_json, make_body
+from mythos_trio.core.messages import (
+    MAX_DEPTH,
+    RESERVED_TYPES,
+    check_message,
+    decode_json,
+    make_body,
+    parse_plain,
+    plain_body,
+)
 
 LIMIT = 65536
 
@@ -220,3 +228,57 @@ def test_wide_is_not_deep() -> None:
 
 def test_brackets_in_text_do_not_count() -> None:
     assert decode_json(b'"' + b"[{" * 100 + b'"') == "[{" * 100
+
+
+# parse_plain
+
+
+@given(st.text(min_size=1, max_size=3) | st.sampled_from(sorted(RESERVED_TYPES)), jsons, st.sampled_from([0, None, 1]))
+def test_what_is_taken_as_plain_is_what_would_have_been_taken(type_: str, content: Any, spaces: int | None) -> None:
+    said = {"type": type_, "content": content}
+    data = json.dumps({"player_id": "ann", "message": said}, indent=spaces).encode()
+    plain = parse_plain(data, 100)
+    try:
+        message = check_message(decode_json(data)["message"], 100)
+    except Refusal:
+        assert plain is None
+    else:
+        timestamp = "2026-01-01T00:00:00.000Z"
+        assert plain is not None
+        assert plain[0] == "ann"
+        assert json.loads(plain[1]) == json.loads(message.json)
+        assert plain_body("0123abc", timestamp, plain[1]) == message.body("0123abc", timestamp)
+        assert b"\n" not in plain[1]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"[]",
+        b'{"player_id":"ann"}',
+        b'{"player_id":"ann","message":[]}',
+        b'{"player_id":"ann","message":{"type":"a"}}',
+        b'{"player_id":"ann","message":{"content":1}}',
+        b'{"player_id":"ann","message":{"type":"","content":1}}',
+        b'{"player_id":"ann","message":{"type":"reply","content":1}}',
+        b'{"player_id":"ann","message":{"type":7,"content":1}}',
+        b'{"player_id":"ann","message":{"type":"a","content":1,"id":"m"}}',
+        b'{"player_id":"ann","message":{"type":"a","content":1,"seq":1}}',
+        b'{"player_id":"ann","message":{"type":"a","content":1,"\\u0073eq":1}}',
+        b'{"player_id":"ann","message":{"type":"a","content":1,"mood":"glad"}}',
+        b'{"player_id":"ann","channel":"a","message":{"type":"a","content":1}}',
+        b'{"player_id":"stats","message":{"type":"a","content":1}}',
+        b'{"player_id":"an n","message":{"type":"a","content":1}}',
+        b'{"player_id":7,"message":{"type":"a","content":1}}',
+        b'{"player_id":"ann","message":{"type":"a","content":"\xff"}}',
+        b'{"player_id":"ann","message":{"type":"a","content":"\\ud800"}}',
+        b'{"player_id":"ann","message":{"type":"a","content":1e999}}',
+        b'{"player_id":"ann","message":{"type":"a","content":1}} x',
+        b'{"player_id":"ann","message":{"type":"a","content":' + b"[" * 70 + b"]" * 70 + b"}}",
+        b'{"player_id":"ann","message":{"type":"a","content":' + b"[" * 70000 + b"}}",
+        b'{"player_id":"ann","message":{"type":"a","content":"' + b"x" * 200 + b'"}}',
+    ],
+)
+def test_all_else_is_not_plain(data: bytes) -> None:
+    assert parse_plain(data, 100) is None
