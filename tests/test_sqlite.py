@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import shutil
 import signal
@@ -731,6 +732,59 @@ def test_a_long_log_begins_anew_while_commits_go_on(tmp_path: Path, monkeypatch:
         assert max(sizes) < BACKSTOP_PAGES * 4096 / 4
         assert store.db.find_message(f"39999-{'x' * 90}") is not None
         assert store.db.find_message(f"0-{'x' * 90}") is not None
+
+
+def test_the_writer_has_little_to_sync_when_the_log_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that the steps have written is on the disk before; SQLite does that only when everything is in its place."""
+    monkeypatch.setattr("mythos_trio.sqlite.checkpoints.LONG_PAGES", 400)
+    done: list[str] = []
+    monkeypatch.setattr(
+        "mythos_trio.sqlite.checkpoints._sync", lambda file: done.append(os.readlink(_descriptor(file)))
+    )
+    with bench(SqliteKind(), tmp_path) as store:
+        fill(store, 0, STEP_ROWS + 100)
+        store.db.checkpoint()
+        assert not done
+        fill(store, 10_000, STEP_ROWS + 4000)
+        store.db.checkpoint()
+        assert set(done) == {str(store.db.path)}  # type: ignore[attr-defined]
+        size = log_file(store)
+        store.try_(message("after"))
+        fill(store, 20_000, 1000)
+        assert log_file(store) == size
+
+
+def _descriptor(file: int) -> str:
+    return f"/proc/self/fd/{file}"
+
+
+def test_the_file_of_the_checkpoints_is_closed_after_all_connections(tmp_path: Path) -> None:
+    """Closing it lets go of the locks of all of them."""
+    with bench(SqliteKind(), tmp_path) as store:
+        path = str(store.db.path)  # type: ignore[attr-defined]
+        assert path in _open_files()
+        store.db.close()
+        assert path not in _open_files()
+
+
+def test_a_reader_that_is_not_through_keeps_the_file_of_the_checkpoints_open(tmp_path: Path) -> None:
+    with bench(SqliteKind(), tmp_path, busy_seconds=0.01) as store:
+        reader = store.db._readers.get()  # type: ignore[attr-defined]
+        file = store.db._checkpoints._file  # type: ignore[attr-defined]
+        store.db.abandon()
+        assert os.readlink(_descriptor(file)) == str(store.db.path)  # type: ignore[attr-defined]
+        reader.close()
+        os.close(file)
+
+
+def _open_files() -> list[str]:
+    files = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one of this listing
+            files.append(os.readlink(_descriptor(int(name))))
+    return files
 
 
 def test_without_anybody_who_calls_for_checkpoints_the_log_is_bounded_all_the_same(

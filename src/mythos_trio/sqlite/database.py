@@ -178,21 +178,30 @@ class SqliteDatabase(ReadingHalf):
 
     def abandon(self) -> None:
         """Let go of the store without saying that it was closed in order, as `kill -9` does."""
-        readers, self._readers = self._readers, None
-        if readers is not None:
-            for _ in range(self._reader_count):
-                # One that is still reading in its thread is left to it.
-                with contextlib.suppress(queue.Empty, sqlite3.Error):
-                    readers.get(timeout=self._busy_seconds).close()
+        closed = self._close_readers()
         checkpoints, self._checkpoints = self._checkpoints, None
-        if checkpoints is not None:
-            checkpoints.close(self._busy_seconds)
+        if checkpoints is not None and not checkpoints.close(self._busy_seconds):
+            closed = False
         db, self._db = self._db, None
         if db is not None:
             with contextlib.suppress(sqlite3.Error):
                 db.close()
+        if checkpoints is not None and closed:
+            checkpoints.close_file()
         self._lock.let_go()
         self._forget()
+
+    def _close_readers(self) -> bool:
+        """Whether that is all of them: one that is still reading in its thread is left to it."""
+        readers, self._readers = self._readers, None
+        if readers is None:
+            return True
+        closed = 0
+        for _ in range(self._reader_count):
+            with contextlib.suppress(queue.Empty, sqlite3.Error):
+                readers.get(timeout=self._busy_seconds).close()
+                closed += 1
+        return closed == self._reader_count
 
     def _open_connection(self) -> sqlite3.Connection:
         return self._connect(
@@ -253,7 +262,7 @@ class SqliteDatabase(ReadingHalf):
             self._readers.put(reader)
             reader.execute("PRAGMA query_only = ON")
             reader.execute("PRAGMA cache_size = -8192")
-        self._checkpoints = Checkpoints(self._open_connection())
+        self._checkpoints = Checkpoints(self._open_connection(), self.path)
 
     def _recover(self, now: float) -> Recovered:
         db = self._writer
