@@ -71,6 +71,21 @@ async def subscribed(world: World, name: str, to: str) -> None:
     assert status == 200
 
 
+async def test_what_a_round_has_written_is_held_without_frames(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """A log is of 1,000 messages: with the frames of both transports it took three times as much."""
+    async with play(tmp_path / "m.db", game=Puppet()) as world:
+        clients = await crowd(world, 2)
+        await batch(world, everybody("x" * 1000), player("p0", "x" * 1000))
+        assert [len(await lines(client)) for client in clients] == [2, 1]
+        log = world.server.hub.sessions["p0"].log
+        assert log is not None
+        log.pull()
+        held = list(log.after(0))
+        assert len(held) == 2
+        assert all(m._websocket is None and m._sse is None and not m.players for m in held)
+        assert all(1 <= m.receivers <= 2 for m in held)
+
+
 async def test_everybody_and_somebody_in_one_round(tmp_path: Path, autojump_clock: MockClock) -> None:
     async with play(tmp_path / "m.db", game=Puppet()) as world:
         clients = await crowd(world, 4 * SIZE)

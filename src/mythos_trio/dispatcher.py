@@ -257,6 +257,8 @@ class Dispatcher:
             deliveries = await self._apply(batch, outcomes)
             await self.write_round()
             self._account(deliveries)
+            for message, _ in deliveries:
+                message.settle()
             self._leave_queue(batch)
 
     async def _apply(self, batch: list[Submission], outcomes: list[Outcome]) -> list[tuple[Message, float]]:

@@ -68,6 +68,24 @@ def test_a_message_is_encoded_once() -> None:
     assert SSE.message(message, 1) is SSE.message(message, 1)
 
 
+def test_a_settled_message_holds_its_body_alone_and_looks_the_same() -> None:
+    message = Message(1, "a", "*", b'{"content":"' + b"x" * 1000 + b'"}')
+    message.received_by("ann")
+    frame, sse = message.websocket(), message.sse(1)
+    message.settle()
+    settled = weight(message)
+    assert message.websocket() == frame
+    assert message.sse(1) == sse
+    assert weight(message) > settled + 2000
+    assert message.receivers == 1, "they are counted on"
+
+
+def weight(message: Message) -> int:
+    """Of the bytes that it holds."""
+    held = (getattr(message, name) for name in Message.__slots__)
+    return sum(len(value) for value in held if isinstance(value, bytes))
+
+
 @pytest.mark.parametrize("size", [0, 125, 126, 65535, 65536, 200_000])
 def test_frames_of_every_size(size: int) -> None:
     (frame,) = frames(wire.text_frame(b"x" * size))
