@@ -11,7 +11,7 @@ import trio
 from trio.testing import MockClock
 
 from mythos_trio.connection import Connection
-from tests.support.games import Puppet
+from tests.support.games import Disk, Puppet
 from tests.support.memory_net import MemoryWire
 from tests.support.play import Client, SSEClient, WebSocketClient, World, play
 
@@ -410,3 +410,24 @@ async def test_a_full_connection_that_is_ended_ends_no_other(
         await reading(ann, 3)  # its last words have a second to go out; then it is closed
         await line(world, "still here")
         await ann.until(lambda message: message.get("content") == "still here")
+
+
+async def test_a_drain_that_notes_while_notes_are_under_way_forgets_none(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    disk = Disk()
+    async with play(tmp_path / "m.db", game=Puppet(), hook=disk) as world:
+        ann, bob = await entered(world), await entered(world, "bob")
+        await trio.sleep(2)
+        assert (await world.server.storage.figures())["connections"] == 2
+        disk.write_seconds = 0.05
+        async with trio.open_nursery() as nursery:
+            ann.close()
+            await trio.sleep(0.01)
+            nursery.start_soon(world.server.checker.note)
+            nursery.start_soon(world.server.checker.note)
+            await trio.sleep(0.01)
+            bob.close()
+        disk.write_seconds = 0
+        await trio.sleep(2)
+        assert (await world.server.storage.figures())["connections"] == 0

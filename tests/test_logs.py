@@ -299,6 +299,27 @@ def test_at_the_bound_lines_are_dropped_and_counted(settings: Settings, monkeypa
     assert [line["dropped"] for line in found if "dropped" in line] == [7]
 
 
+def test_of_more_lines_of_one_moment_than_may_wait_the_first_are_written(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "MAX_WAITING", 5)
+    running = logs.setup(settings, console=False)
+    log.info_each("x", [{"n": n} for n in range(12)])
+    running.close()
+    found = lines(settings)
+    assert [line["n"] for line in found if "n" in line] == [0, 1, 2, 3, 4]
+    assert [line["dropped"] for line in found if "dropped" in line] == [7]
+
+
+def test_a_line_from_a_finalizer_while_a_line_is_put_is_written(settings: Settings) -> None:
+    """The collector may come in while the counts are locked."""
+    running = logs.setup(settings, console=False)
+    with running._to_file._lock:
+        log.info("finalized")
+    running.close()
+    assert [line["event"] for line in lines(settings)] == ["finalized"]
+
+
 def test_a_full_disk_does_not_end_the_log(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     running = logs.setup(settings, console=False)
     write = logs._File.write

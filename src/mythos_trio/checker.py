@@ -63,6 +63,7 @@ class Checker:
         """`trio.current_time` of the newest round."""
         self._told_unhealthy: dict[str, tuple[str, ...]] = {}
         self._memory_was_high = False
+        self._noting = trio.Lock()
 
     @property
     def tick_seconds(self) -> float:
@@ -167,8 +168,13 @@ class Checker:
     async def note(self) -> bool:
         """Write marks and rows of connections behind; False if the store would not.
 
-        In slices, between which commits come to their turn.
+        In slices, between which commits come to their turn. One at a time: a drain may ask while the loop above is at
+        it, and both would write the same, and forget it twice.
         """
+        async with self._noting:
+            return await self._note()
+
+    async def _note(self) -> bool:
         hub = self._context.hub
         # What comes while this is written is not waited for: there would never be an end.
         for _ in range(0, hub.waiting_notes, NOTES_AT_ONCE):

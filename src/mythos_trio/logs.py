@@ -355,9 +355,10 @@ class _Channel:
 
     def __init__(self, name: str, write: Callable[[list[Lines]], None]) -> None:
         self._write = write
-        # Appending to a deque and taking from it is atomic; the lock is for the counts.
+        # Appending to a deque and taking from it is atomic; the lock is for the counts. Its holder may come again: what
+        # a finalizer logs is logged wherever the collector has come in.
         self._queue: deque[Lines | Callable[[], None] | None] = deque()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._lines = 0
         self._waiting = threading.Event()
         self._urgent = threading.Event()
@@ -368,12 +369,14 @@ class _Channel:
 
     def put(self, lines: Lines) -> None:
         """Have *lines* written within `GATHER_SECONDS`; at once if they are errors: they may be the last ones."""
+        count = lines.count
         with self._lock:
-            if self._lines + lines.count > MAX_WAITING:
-                self._dropped += lines.count
-                return
-            self._lines += lines.count
-        self._queue.append(lines)
+            taken = min(count, MAX_WAITING - self._lines)
+            self._lines += taken
+            self._dropped += count - taken
+        if not taken:
+            return
+        self._queue.append(lines if taken == count else Lines(lines.facts, lines.rows[:taken]))
         if not self._waiting.is_set():
             self._waiting.set()
         if lines.facts["level"] in _URGENT:
@@ -424,8 +427,9 @@ class _Channel:
         return True
 
     def _write_batch(self, batch: list[Lines]) -> None:
+        count = sum([lines.count for lines in batch])
         with self._lock:
-            self._lines -= sum([lines.count for lines in batch])
+            self._lines -= count
             dropped, self._dropped = self._dropped, 0
         if dropped:
             batch.append(Lines(_dropped_event(dropped)))
