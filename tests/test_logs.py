@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mythos_trio import logs
 from mythos_trio.config import SettingError, Settings
@@ -380,3 +382,28 @@ def test_a_file_that_cannot_be_written_is_a_setting_error(tmp_path: Path) -> Non
     with pytest.raises(SettingError) as caught:
         logs.setup(Settings(log_file=str(tmp_path / "file" / "mythos.log")), console=False)
     assert caught.value.name == "LOG_FILE"
+
+
+secrets = st.sampled_from(
+    ["Bearer abc", "TOKEN=abc", "token", "password", "bearer", "eyJhbGciOi.J9.x", "a b", "", "x=", "Secret_Key"]
+)
+values = st.recursive(
+    st.none() | st.integers() | st.floats() | st.text() | secrets | st.binary() | st.just({1}),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | secrets, inner, max_size=3),
+    max_leaves=5,
+)
+some_fields = st.dictionaries(st.text() | secrets, values, max_size=4)
+
+
+@given(some_fields, st.lists(some_fields, max_size=3))
+def test_looking_ahead_for_secrets_overlooks_none(facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    own = {"event": "x", "level": "INFO", "timestamp": 0.0}
+    lines = logs.Lines({**facts, **own}, [{**row} or {"n": 1} for row in rows])
+    for text in (logs.render_json(lines, "s"), logs.render_console(lines, colours=False)):
+        assert logs.hide_secrets(lines, text) == logs._SECRET.sub(logs._hidden, text)
+
+
+@given(some_fields)
+def test_what_the_console_shows_is_shown_alike_one_by_one(fields: dict[str, Any]) -> None:
+    one_by_one = " ".join([f"{name}={logs._shown(value)}" for name, value in fields.items()])
+    assert logs._show_fields(fields) == (f"  {one_by_one}" if fields else "")

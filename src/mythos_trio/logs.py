@@ -33,7 +33,7 @@ from typing import Any, Final, TextIO, TypeAlias
 
 import msgspec
 import structlog
-from attrs import frozen
+from attrs import define, field
 
 from mythos_trio.config import SettingError, Settings
 from mythos_trio.core.errors import ErrorType
@@ -59,7 +59,7 @@ CLOSE_SECONDS: Final = 3.0
 QUIET_SECONDS: Final = 60.0
 
 
-@frozen
+@define(eq=False)
 class Lines:
     """One line, or several of one moment that say the same of different things: *facts* are what all say, *rows* what
     each says, without empty ones. No rows: the facts are the line. *facts* has ``event``, ``level``, ``timestamp``.
@@ -69,6 +69,7 @@ class Lines:
 
     facts: Event
     rows: Sequence[Event] = ()
+    _suspicious: bool | None = field(default=None, init=False)
 
     @property
     def count(self) -> int:
@@ -77,6 +78,18 @@ class Lines:
     def each(self) -> list[Event]:
         """Each line by itself."""
         return [{**self.facts, **row} for row in self.rows or ({},)]
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether there may be a secret in it. What it says is looked through once for all who write it, and what its
+        lines share once for all of them: in each finished text it was half of what a line costs."""
+        if self._suspicious is None:
+            try:
+                said = _encoder.encode([self.facts, *self.rows]).lower()
+                self._suspicious = any(sign in said for sign in _SIGNS)
+            except (TypeError, ValueError, OverflowError, RecursionError):
+                self._suspicious = True  # as `render_json`: it cannot be written the ordinary way
+        return self._suspicious
 
 
 Sink: TypeAlias = Callable[[Lines], None]
@@ -100,20 +113,14 @@ _SECRET: Final = re.compile(
 )
 
 
-# What every secret has in it, in lower case: looking for these costs a tenth of the expression.
-_SIGNS: Final = ("token", "bearer", "authorization", "secret_key", "password", "eyj")
+# What every secret has in it, in lower case: looking for these costs a tenth of the expression. As letters are written
+# as they are in JSON, they are in it wherever they are in a text.
+_SIGNS: Final = (b"token", b"bearer", b"authorization", b"secret_key", b"password", b"eyj")
 
 
-def hide_secrets(pieces: Sequence[str]) -> str:
-    """*pieces* of whole lines (rendered, so that they are seen as they will be written) without tokens, joined.
-
-    Nearly always there is none in all that are written in one go, and one look says so.
-    """
-    text = "".join(pieces)
-    lower = text.lower()
-    if not any(sign in lower for sign in _SIGNS):
-        return text
-    return "".join([_SECRET.sub(_hidden, piece) for piece in pieces])
+def hide_secrets(lines: Lines, text: str) -> str:
+    """*text*, which *lines* are rendered as (so that it is seen as it will be written), without tokens."""
+    return _SECRET.sub(_hidden, text) if lines.suspicious else text
 
 
 def _hidden(match: re.Match[str]) -> str:
@@ -331,8 +338,14 @@ def render_console(lines: Lines, colours: bool) -> str:
 
 
 def _show_fields(fields: Event) -> str:
-    shown = " ".join([f"{name}={_shown(value)}" for name, value in fields.items()])
-    return f"  {shown}" if shown else ""
+    if not fields:
+        return ""
+    shown = " ".join([f"{name}={value}" for name, value in fields.items()])
+    # Nearly always there is nothing to escape or to quote, and that can be seen of all of them at once.
+    plain = shown.isprintable() and shown.count(" ") == len(fields) - 1
+    if not plain or "= " in shown or shown.endswith("="):
+        shown = " ".join([f"{name}={_shown(value)}" for name, value in fields.items()])
+    return f"  {shown}"
 
 
 @lru_cache(4)
@@ -479,7 +492,8 @@ class _File:
         )
 
     def write(self, batch: list[Lines]) -> None:
-        text = hide_secrets([render_json(lines, self._settings.server_id) for lines in batch])
+        server_id = self._settings.server_id
+        text = "".join([hide_secrets(lines, render_json(lines, server_id)) for lines in batch])
         length = len(text.encode(errors="replace"))
         if self._settings.log_max_bytes and 0 < self._stream().tell() > self._settings.log_max_bytes - length:
             self._handler.doRollover()
@@ -510,7 +524,7 @@ class _Console:
         self._colours = stream.isatty() and "NO_COLOR" not in os.environ
 
     def write(self, batch: list[Lines]) -> None:
-        text = hide_secrets([render_console(lines, self._colours) for lines in batch])
+        text = "".join([hide_secrets(lines, render_console(lines, self._colours)) for lines in batch])
         encoding = self._stream.encoding or "utf-8"
         self._stream.write(text.encode(encoding, errors="backslashreplace").decode(encoding))
         self._stream.flush()
