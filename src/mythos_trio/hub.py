@@ -8,7 +8,6 @@ live is the stream that the store would replay.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Collection
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
@@ -146,14 +145,11 @@ class Hub:
             count = 0
             match effect:
                 case Append():
-                    receivers = self._receivers(effect.target)
-                    count = sum([len(session.connections) for session in receivers])
-                    if effect.target == names.EVERYONE:
-                        count = len(self.connections)
+                    message = None
                     if index not in outcome.duplicates:
                         message = Message(seq, effect.id, effect.target, effect.body)
-                        self._deliver(message, receivers)
                         messages.append(message)
+                    count = self._append(effect.target, message)
                 case Subscribe():
                     self._subscribe(effect, seq)
                 case Unsubscribe():
@@ -193,29 +189,30 @@ class Hub:
             if session is not None:
                 session.open_clock()
 
-    def _receivers(self, target: str) -> Collection[LiveSession]:
+    def _append(self, target: str, message: Message | None) -> int:
+        """Let the next round write *message*, and all logs have it when somebody looks into them. None: it has been
+        written before.
+
+        :returns: how many connections *target* has.
+        """
         if target.startswith("@"):
             session = self.sessions.get(target[1:])
-            return () if session is None else (session,)
-        return self.channels.get(target[1:], ())
-
-    def _deliver(self, message: Message, receivers: Collection[LiveSession]) -> None:
-        """Let the next round write it, and all logs have it when somebody looks into them."""
-        target = message.target
+            if session is None:
+                return 0
+            if message is not None:
+                self.fresh.add(message, (session,))
+                session.is_told(message)
+            return len(session.connections)
         if target == names.EVERYONE:
-            self.everyone.append(message)
-            self.fresh.everyone.append(message)
-            return
-        self.fresh.add(message, receivers)
-        if not target.startswith("@"):
-            if receivers:
-                self.topics[target[1:]].append(message)
-            return
-        for session in receivers:
-            log = session.log
-            if log is not None:
-                log.append(message)
-            session.rest = None
+            if message is not None:
+                self.everyone.append(message)
+                self.fresh.everyone.append(message)
+            return len(self.connections)
+        listeners = self.channels.get(target[1:], {})
+        if message is not None and listeners:
+            self.fresh.add(message, listeners)
+            self.topics[target[1:]].append(message)
+        return sum([len(session.connections) for session in listeners])
 
     def _subscribe(self, effect: Subscribe, seq: int) -> None:
         session = self.live(effect.player_id, effect.session_id)

@@ -219,8 +219,10 @@ class Rounds:
 
     def _write_few(self, sessions: Mapping[LiveSession, Sequence[Message]]) -> None:
         short = _Short()
+        epoch = self._hub.epoch
         for session, messages in sessions.items():
-            if sum([len(message.body) for message in messages]) > CHUNK_BYTES:
+            alone = messages[0] if len(messages) == 1 else None  # as nearly always
+            if (len(alone.body) if alone else sum([len(message.body) for message in messages])) > CHUNK_BYTES:
                 # From their cursors, a chunk at a time: else a client that does not read costs all of the round.
                 for connection in list(session.connections.values()):
                     connection.leave_cohort()
@@ -229,7 +231,8 @@ class Rounds:
                 cohort = connection.cohort
                 if cohort is None:
                     continue  # apart: its turn comes
-                data = cohort.framing.messages(messages, self._hub.epoch)
+                framing = cohort.framing
+                data = framing.message(alone, epoch) if alone else framing.messages(messages, epoch)
                 try:
                     sent = cohort.sends[connection.place](data)
                     if sent != len(data):

@@ -199,6 +199,12 @@ class LiveSession:
             self._log.pull()
         return self._log
 
+    def is_told(self, message: Message) -> None:
+        """The newest message to the player: not of a topic, which the log hears by itself."""
+        if self._log is not None:
+            self._log.append(message)
+        self.rest = None
+
     @property
     def deliveries(self) -> Deliveries:
         """What became of its messages."""
