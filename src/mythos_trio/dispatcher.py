@@ -98,19 +98,17 @@ class Publications(Submission):
 
     Their ids are the server's own: there is nothing for which one of them could be refused and not the others, so
     they are stored together or not at all. (A transaction, an outcome and a call for each made a publication 12 µs
-    dearer, of 80.) *ids*, *askers* and *times* have one for each effect: its id, who is told, when it was accepted.
+    dearer, of 80.) *each* has one for each effect: the message's id, when it was accepted, who is told.
     """
 
-    ids: list[str] = field(factory=list)
-    askers: list[Any] = field(factory=list)
-    times: list[float] = field(factory=list)
+    each: list[tuple[str, float, Any]] = field(factory=list)
 
     @property
     def asked(self) -> int:
-        return len(self.askers)
+        return len(self.each)
 
     def accepted_each(self) -> Iterable[float]:
-        return self.times
+        return [accepted for _, accepted, _ in self.each]
 
 
 @frozen
@@ -180,7 +178,12 @@ class Dispatcher:
     def submit_nowait(self, transaction: Transaction, then: Callable[[Submission], None] | None = None) -> Submission:
         """Queue *transaction*, or refuse it at once if too much is unsaved. *then* as in `Submission`."""
         if not self.has_room:
-            raise _no_room()
+            raise Refusal(
+                ErrorType.CAPACITY,
+                "too much waits to be stored: try again",
+                status=503,
+                retry_ms=int(ROOM_SECONDS * 1000),
+            )
         size = sum([len(effect.body) for effect in transaction.effects if type(effect) is Append])
         submission = Submission(transaction, trio.current_time(), size, then)
         self._enqueue(submission)
@@ -189,21 +192,17 @@ class Dispatcher:
         return submission
 
     def publish(self, message: Append, asker: Any, then: Callable[[Any], None]) -> None:
-        """Queue a message of which the server has made up the id, or refuse it at once if too much is unsaved.
+        """Queue a message of which the server has made up the id. Who calls has seen that there is room (`has_room`).
 
-        *then* is called once for all that were queued with it and in one go (`Publications`): *asker* is among theirs.
+        *then* is called once for all that were queued one after the other (`Publications`): *asker* is among theirs.
         """
-        if not self.has_room:
-            raise _no_room()
         last = self._queue[-1] if self._queue else None
-        if type(last) is not Publications or last.then != then or len(last.askers) == self._group_size:
+        if type(last) is not Publications or len(last.each) == self._group_size or last.then != then:
             last = Publications(Transaction(), trio.current_time(), 0, then)
             self._enqueue(last)
         size = len(message.body)
         last.transaction.effects.append(message)
-        last.ids.append(message.id)
-        last.askers.append(asker)
-        last.times.append(trio.current_time())
+        last.each.append((message.id, trio.current_time(), asker))
         last.size += size
         self._unsaved += 1
         self._unsaved_bytes += size
@@ -321,23 +320,14 @@ class Dispatcher:
                 log_delivered(message, ms)
 
 
-def _no_room() -> Refusal:
-    return Refusal(
-        ErrorType.CAPACITY,
-        "too much waits to be stored: try again",
-        status=503,
-        retry_ms=int(ROOM_SECONDS * 1000),
-    )
-
-
 def delivered_fields(message: Message, ms: float) -> dict[str, object]:
     fields: dict[str, object] = {
         "message_id": message.id,
         "seq": message.seq,
         "delivery_time_ms": round(ms, 3),
         "receivers": message.receivers,
-        **names.target_fields(message.target),
     }
+    fields |= names.target_fields(message.target)
     if "player_id" not in fields:
         fields["players"] = message.players
     return fields

@@ -171,7 +171,7 @@ class Posts:
         if isinstance(outcome, Committed):
             self._tell_stored(publications, outcome)
             return
-        for asker, head, visitor in publications.askers:
+        for _, _, (asker, head, visitor) in publications.each:
             refusal = _not_stored_yet() if outcome is None else refusal_of(outcome)
             asker.answer(*self._refused(head, visitor, refusal))
 
@@ -179,8 +179,8 @@ class Posts:
         """As `_receipt` and `_answered`; what most answers of one moment have in common is made once."""
         epoch, server_id = self._context.hub.epoch, self._context.hub.server_id
         begins: dict[tuple[bool, Headers], bytes] = {}
-        columns = zip(publications.ids, outcome.seqs, publications.connections, publications.askers, strict=True)
-        for id, seq, connections, (asker, head, _) in columns:
+        settled = zip(publications.each, outcome.seqs, publications.connections, strict=True)
+        for (id, _, (asker, head, _)), seq, connections in settled:
             try:
                 kind = keep, cors = self._keeps(head), self._access.cors_headers(head)
                 begin = begins.get(kind)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from attrs import define, field
 
@@ -115,23 +115,20 @@ class Batch:
         """Several transactions that only append, in one go; if an id is there already, one by one."""
         if self.full:
             return [self._one(transaction) for transaction in run]
-        number = first = self.next
-        rows = []
-        outcomes: list[Outcome] = []
-        for transaction in run:
-            start = number
-            for effect in transaction.effects:
-                assert isinstance(effect, Append)  # for the type checker: see `_is_plain`
-                rows.append((number, effect.id, effect.target, effect.body, effect.digest, self.now))
-                number += 1
-            outcomes.append(Committed(tuple(range(start, number)), number - 1))
+        first = self.next
+        appends = cast(list[Append], [effect for transaction in run for effect in transaction.effects])
+        now = self.now
+        rows = [(seq, a.id, a.target, a.body, a.digest, now) for seq, a in enumerate(appends, first)]
         try:
             self.db.executemany(INSERT_MESSAGE, rows)
         except sqlite3.IntegrityError:
             self.db.execute("DELETE FROM messages WHERE seq >= ?", (first,))
             return [self._one(transaction) for transaction in run]
-        self.next = number
-        self.stored += [(target, len(body)) for _, _, target, body, _, _ in rows]
+        self.stored += [(a.target, len(a.body)) for a in appends]
+        outcomes: list[Outcome] = []
+        for transaction in run:
+            start, self.next = self.next, self.next + len(transaction.effects)
+            outcomes.append(Committed(tuple(range(start, self.next)), self.next - 1))
         return outcomes
 
     def _one(self, transaction: Transaction) -> Outcome:
