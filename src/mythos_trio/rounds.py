@@ -222,7 +222,8 @@ class Rounds:
         epoch = self._hub.epoch
         for session, messages in sessions.items():
             alone = messages[0] if len(messages) == 1 else None  # as nearly always
-            if (len(alone.body) if alone else sum([len(message.body) for message in messages])) > CHUNK_BYTES:
+            size = len(alone.body) if alone else sum([len(message.body) for message in messages])
+            if size > CHUNK_BYTES:
                 # From their cursors, a chunk at a time: else a client that does not read costs all of the round.
                 for connection in list(session.connections.values()):
                     connection.leave_cohort()
