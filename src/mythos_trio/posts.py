@@ -159,9 +159,9 @@ class Posts:
         if plain is None or head.header("idempotency-key") is not None:
             return False
         self._check_rate(visitor)
-        player, json = plain
+        target, json = plain
         id = context.randomness.message_id()
-        message = Append(names.to_player(player), id, plain_body(id, rfc3339(context.clock.now()), json))
+        message = Append(target, id, plain_body(id, rfc3339(context.clock.now()), json))
         context.dispatcher.publish(message, (asker, head, visitor), self._tell_published)
         return True
 

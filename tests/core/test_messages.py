@@ -233,10 +233,18 @@ def test_brackets_in_text_do_not_count() -> None:
 # parse_plain
 
 
-@given(st.text(min_size=1, max_size=3) | st.sampled_from(sorted(RESERVED_TYPES)), jsons, st.sampled_from([0, None, 1]))
-def test_what_is_taken_as_plain_is_what_would_have_been_taken(type_: str, content: Any, spaces: int | None) -> None:
+@given(
+    st.text(min_size=1, max_size=3) | st.sampled_from(sorted(RESERVED_TYPES)),
+    jsons,
+    st.sampled_from([("player_id", "ann", "@ann"), ("channel", "room/1", "#room/1"), ("broadcast", True, "*")]),
+    st.sampled_from([0, None, 1]),
+)
+def test_what_is_taken_as_plain_is_what_would_have_been_taken(
+    type_: str, content: Any, target: tuple[str, Any, str], spaces: int | None
+) -> None:
+    field, name, stored = target
     said = {"type": type_, "content": content}
-    data = json.dumps({"player_id": "ann", "message": said}, indent=spaces).encode()
+    data = json.dumps({field: name, "message": said}, indent=spaces).encode()
     plain = parse_plain(data, 100)
     try:
         message = check_message(decode_json(data)["message"], 100)
@@ -245,7 +253,7 @@ def test_what_is_taken_as_plain_is_what_would_have_been_taken(type_: str, conten
     else:
         timestamp = "2026-01-01T00:00:00.000Z"
         assert plain is not None
-        assert plain[0] == "ann"
+        assert plain[0] == stored
         assert json.loads(plain[1]) == json.loads(message.json)
         assert plain_body("0123abc", timestamp, plain[1]) == message.body("0123abc", timestamp)
         assert b"\n" not in plain[1]
@@ -268,6 +276,13 @@ def test_what_is_taken_as_plain_is_what_would_have_been_taken(type_: str, conten
         b'{"player_id":"ann","message":{"type":"a","content":1,"\\u0073eq":1}}',
         b'{"player_id":"ann","message":{"type":"a","content":1,"mood":"glad"}}',
         b'{"player_id":"ann","channel":"a","message":{"type":"a","content":1}}',
+        b'{"player_id":null,"channel":"a","message":{"type":"a","content":1}}',
+        b'{"player_id":null,"message":{"type":"a","content":1}}',
+        b'{"broadcast":false,"message":{"type":"a","content":1}}',
+        b'{"broadcast":1,"message":{"type":"a","content":1}}',
+        b'{"broadcast":true,"channel":"a","message":{"type":"a","content":1}}',
+        b'{"channel":"a b","message":{"type":"a","content":1}}',
+        b'{"message":{"type":"a","content":1}}',
         b'{"player_id":"stats","message":{"type":"a","content":1}}',
         b'{"player_id":"an n","message":{"type":"a","content":1}}',
         b'{"player_id":7,"message":{"type":"a","content":1}}',

@@ -61,29 +61,41 @@ class _Said(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Plain(msgspec.Struct, forbid_unknown_fields=True):
-    player_id: str
     message: _Said
+    player_id: str | msgspec.UnsetType = msgspec.UNSET
+    channel: str | msgspec.UnsetType = msgspec.UNSET
+    broadcast: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 _decode_plain: Final = msgspec.json.Decoder(_Plain).decode
 
 
 def parse_plain(data: bytes, max_bytes: int) -> tuple[str, bytes] | None:
-    """The player and the message's JSON (as `PublisherMessage.json`), if *data* publishes a message to one player,
-    and the message has a type and a content and nothing else.
+    """The target and the message's JSON (as `PublisherMessage.json`), if *data* is one publication whose message has
+    a type and a content and nothing else.
 
     Most publications are of this kind, and are taken as they are decoded, in a quarter of the time. None: it is of
     another kind, or something is wrong with it: that is for `decode_json` and `check_message` to say.
     """
     try:
         plain = _decode_plain(data)
-        said = plain.message
-        message_type(said.type)
-        player = names.player_id(plain.player_id)
+        message_type(plain.message.type)
+        target = _target(plain)
     except (msgspec.DecodeError, UnicodeError, RecursionError, Refusal):
         return None
-    encoded = _encode(said)
-    return None if may_be_deep(data) or len(encoded) > max_bytes else (player, encoded)
+    encoded = _encode(plain.message)
+    return None if may_be_deep(data) or len(encoded) > max_bytes else (target, encoded)
+
+
+def _target(plain: _Plain) -> str:
+    player, channel, broadcast = plain.player_id, plain.channel, plain.broadcast
+    if isinstance(player, str) and channel is broadcast is msgspec.UNSET:
+        return names.to_player(names.player_id(player))
+    if isinstance(channel, str) and player is broadcast is msgspec.UNSET:
+        return names.to_channel(names.channel(channel))
+    if broadcast is True and player is channel is msgspec.UNSET:
+        return names.EVERYONE
+    raise invalid("name one target", field="player_id")
 
 
 def plain_body(id: str, timestamp: str, json: bytes) -> bytes:
