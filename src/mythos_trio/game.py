@@ -11,6 +11,7 @@ This module is all that a game imports. The part below "For the server" is what 
 
 from __future__ import annotations
 
+import dis
 import importlib
 import inspect
 import re
@@ -684,6 +685,16 @@ def _as_json(call: str, encode: Callable[..., bytes], *arguments: object) -> byt
 def _brief(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
+
+
+def never_waits(handler: Callable[..., object]) -> bool:
+    """Whether *handler* is an async function that surely never waits: there is no ``await``, ``async with`` or
+    ``async for`` in it, so the first step of a call is also its last."""
+    code = getattr(handler, "__code__", None)
+    if code is None or not inspect.iscoroutinefunction(handler):
+        return False
+    # Each of the three is compiled to a loop that hands on what the awaited one yields.
+    return not any(instruction.opname in ("SEND", "YIELD_VALUE") for instruction in dis.get_instructions(code))
 
 
 # Finding the game.

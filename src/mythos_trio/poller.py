@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import select
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -23,9 +23,13 @@ SLICE: Final = 64
 
 
 class Poller:
-    """See the module's docstring. What is called must not raise: it would end the server."""
+    """See the module's docstring. What is called must not raise: it would end the server.
 
-    def __init__(self) -> None:
+    :param turn: entered around the calls of each turn.
+    """
+
+    def __init__(self, turn: AbstractContextManager[None, None] | None = None) -> None:
+        self._turn = nullcontext() if turn is None else turn
         self._called: dict[int, Callable[[], None]] = {}
         self._tasks: dict[Wire, trio.CancelScope] = {}
         self._nursery: trio.Nursery | None = None
@@ -72,11 +76,12 @@ class Poller:
         while True:
             await trio.lowlevel.wait_readable(epoll)
             self.now = trio.current_time()
-            for number, _ in epoll.poll(0, SLICE):
-                # One that was called before it may have ended it.
-                readable = self._called.get(number)
-                if readable is not None:
-                    readable()
+            with self._turn:
+                for number, _ in epoll.poll(0, SLICE):
+                    # One that was called before it may have ended it.
+                    readable = self._called.get(number)
+                    if readable is not None:
+                        readable()
 
     async def _watch(self, wire: Wire, readable: Callable[[], None], scope: trio.CancelScope) -> None:
         with scope, suppress(trio.ClosedResourceError):
@@ -84,7 +89,8 @@ class Poller:
                 await wire.wait_readable()
                 if not scope.cancel_called:  # it may have been forgotten since
                     self.now = trio.current_time()
-                    readable()
+                    with self._turn:
+                        readable()
 
     def _close(self) -> None:
         self._called.clear()

@@ -145,7 +145,7 @@ class Server:
         self.registrar = Registrar(self.context)
         self.streams = Streams(self.context, self.registrar, self.access)
         self.ledger = Ledger(self.hub)
-        self.poller = Poller()
+        self.poller = Poller(self.context.stage)
         self.checker = Checker(self.context, self.registrar, self._failures, self.ledger.look)
         self.monitor: Monitor | None = None
         self.front: Front | None = None

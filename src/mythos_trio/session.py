@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
@@ -49,9 +50,11 @@ from mythos_trio.handlers import (
     DRAINED,
     MAX_RESTING,
     RETRY_SECONDS,
+    Begun,
     Context,
     Deadline,
     SessionView,
+    begin,
     draining,
     fire,
     handler_failed,
@@ -94,6 +97,7 @@ class LiveSession:
     # Without a dictionary: a player costs 1.2 KiB less, and a round touches less memory.
     __slots__ = (
         "__weakref__",
+        "_begun",
         "_clock",
         "_commands",
         "_context",
@@ -177,6 +181,8 @@ class LiveSession:
         self._deliveries = Deliveries(self.seen)
         self._told_index = 0  # while there is a lead: where in the log that stands which `_deliveries` knows of
         self._working = False
+        # A command that has been run at once: when it began, and its transaction, which is to be waited for.
+        self._begun: tuple[Entry[Asker], float, Begun[tuple[bytes, bool]]] | None = None
         self._view: SessionView | None = None  # made for the first handler
         self._resting: Bell | None = None
         """The task that runs handlers has nothing to do, and waits for this."""
@@ -507,6 +513,9 @@ class LiveSession:
             asker.offer_reply(id, remembered.body, remembered.position or None)
             return
         entry: Entry[Asker] = Entry(id, digest, request.content, request.kind, given=request.id is not None)
+        if request.kind == "command" and self._can_run_now():
+            self._run_now(entry, asker)
+            return
         if self._commands.submit(entry, asker) and not self._working:
             self._wake_worker()
 
@@ -636,11 +645,13 @@ class LiveSession:
     async def _run_all(self, deadline: Deadline) -> None:
         """Run what is owed, then what is due, then commands, one at a time, until there is nothing left."""
         context, commands = self._context, self._commands
-        while self._has_work() and not context.draining:
+        while self._begun is not None or (self._has_work() and not context.draining):
             # A crash may have cancelled this nursery before this task's first step: a handler begun
             # now would run to its first wait, and the session that follows would run it again.
             await trio.lowlevel.checkpoint_if_cancelled()
-            if self.comes_after is not None:
+            if self._begun is not None:
+                await self._finish_begun(deadline)
+            elif self.comes_after is not None:
                 await self.comes_after.wait()
                 self.comes_after = None
             elif self.presence.owed:
@@ -652,7 +663,7 @@ class LiveSession:
                 await self._run_command(entry, deadline)
 
     def _has_work(self) -> bool:
-        return bool(self._commands.queue or self.presence.owed or self._due)
+        return bool(self._commands.queue or self.presence.owed or self._due or self._begun is not None)
 
     def _tell_paid(self) -> None:
         if self._paid is not None:
@@ -741,43 +752,109 @@ class LiveSession:
         elif self._clock is not None:
             self._clock.again(timer, RETRY_SECONDS)
 
+    def _can_run_now(self) -> bool:
+        """Whether a command can be run in this turn: nothing is before it, and its handler waits for nothing."""
+        context = self._context
+        return (
+            context.stage.open
+            and not self._working
+            and self.nursery is not None
+            and not self._has_work()
+            and self.comes_after is None
+            and context.dispatcher.has_room
+            and context.stage.fits(context.game.on_command)
+        )
+
+    def _run_now(self, entry: Entry[Asker], asker: Asker) -> None:
+        """Run a command to its end. If there is something to store, the session's task waits for that."""
+        started = trio.current_time()
+        self._context.statistics.ran()
+        gathering = self._gathering()
+        body, ok = self._answer_now(entry, gathering)
+        self._commands.begin(entry, asker)
+        if gathering.rests_on_nothing:
+            gathering.tell()
+            self._conclude(entry, started, gathering, (body, ok), None)
+            return
+        begun = begin(self._context, gathering, (body, ok), partial(self._transaction, entry))
+        if begun.submission is None and not self._hub.data.rests_on(gathering.reads):
+            self._conclude(entry, started, gathering, (body, ok), None)
+            return
+        self._begun = (entry, started, begun)
+        self._wake_worker()
+
+    def _answer_now(self, entry: Entry[Asker], gathering: Gathering) -> tuple[bytes, bool]:
+        """As `_answer_of`, for a handler that never waits."""
+        context, player = self._context, gathering.player
+        try:
+            content = context.stage.run(context.game.on_command, "on_command", player, Command(entry.id, entry.content))
+            return gathering.answer(content), True
+        except Exception as error:
+            return self._failed(entry, gathering, error), False
+        finally:
+            gathering.close()
+
+    async def _finish_begun(self, deadline: Deadline) -> None:
+        assert self._begun is not None  # for the type checker
+        (entry, started, begun), self._begun = self._begun, None
+        await self._store_command(entry, started, deadline, begun=begun)
+
     async def _run_command(self, entry: Entry[Asker], deadline: Deadline) -> None:
         started = trio.current_time()
         self._context.statistics.ran()
         gathering = self._gathering()
-        body, ok = await self._answer_of(entry, gathering, deadline)
-        outcome: Committed | Refused | None = None
+        answer = await self._answer_of(entry, gathering, deadline)
         if gathering.rests_on_nothing:
             gathering.tell()
+            self._conclude(entry, started, gathering, answer, None)
         else:
-            try:
-                gathering, (body, ok), outcome = await self._store_command(entry, deadline, gathering, (body, ok))
-            except Refusal as refusal:
-                self._answer(entry, wire.error_body(refusal.error_type, refusal.message), None, None)
-                return
-        now = trio.current_time()
-        body, position, remembered = self._answer_for(entry, body, outcome, now)
-        self._answer(entry, body, position, remembered)
-        self._context.statistics.command(now, (now - started) * 1000, ok)
-        if remembered is not None:
-            self._carry_out(gathering)
+            await self._store_command(entry, started, deadline, first=(gathering, answer))
 
     async def _store_command(
-        self, entry: Entry[Asker], deadline: Deadline, gathering: Gathering, answer: tuple[bytes, bool]
-    ) -> tuple[Gathering, tuple[bytes, bool], Committed | Refused | None]:
+        self,
+        entry: Entry[Asker],
+        started: float,
+        deadline: Deadline,
+        *,
+        first: tuple[Gathering, tuple[bytes, bool]] | None = None,
+        begun: Begun[tuple[bytes, bool]] | None = None,
+    ) -> None:
         """Make what its first run has done a transaction, if it is still true; else run it again."""
 
         async def run() -> tuple[Gathering, tuple[bytes, bool]]:
             again = self._gathering()
             return again, await self._answer_of(entry, again, deadline)
 
-        def complete(gathering: Gathering, answer: tuple[bytes, bool]) -> Transaction | None:
-            if not gathering.has_effects:
-                return None
-            kept = Answer(self.player_id, self.session_id, entry.id, entry.digest, answer[0])
-            return Transaction(effects=gathering.effects, answer=kept if entry.given else None)
+        complete = partial(self._transaction, entry)
+        try:
+            done = await transact(self._context, run, complete, first=first, begun=begun)
+        except Refusal as refusal:
+            self._answer(entry, wire.error_body(refusal.error_type, refusal.message), None, None)
+        else:
+            self._conclude(entry, started, *done)
 
-        return await transact(self._context, run, complete, first=(gathering, answer))
+    def _transaction(self, entry: Entry[Asker], gathering: Gathering, answer: tuple[bytes, bool]) -> Transaction | None:
+        """What a command's handler did, with its answer."""
+        if not gathering.has_effects:
+            return None
+        kept = Answer(self.player_id, self.session_id, entry.id, entry.digest, answer[0])
+        return Transaction(effects=gathering.effects, answer=kept if entry.given else None)
+
+    def _conclude(
+        self,
+        entry: Entry[Asker],
+        started: float,
+        gathering: Gathering,
+        answer: tuple[bytes, bool],
+        outcome: Committed | Refused | None,
+    ) -> None:
+        """A command has been run, and what it did is stored, or not."""
+        now = trio.current_time()
+        body, position, remembered = self._answer_for(entry, answer[0], outcome, now)
+        self._answer(entry, body, position, remembered)
+        self._context.statistics.command(now, (now - started) * 1000, answer[1])
+        if remembered is not None:
+            self._carry_out(gathering)
 
     def _answer(self, entry: Entry[Asker], body: bytes, position: int | None, remembered: Remembered | None) -> None:
         for asker in self._commands.finish(entry, remembered):
@@ -807,11 +884,15 @@ class LiveSession:
         try:
             content = await run_handler(call, gathering, deadline, self.player_id, "on_" + entry.kind)
             return gathering.answer(content), True
-        except Refusal as refusal:
-            gathering.drop()
-            return wire.error_body(refusal.error_type, refusal.message, refusal.details), False
         except Exception as error:
-            return handler_failed(gathering, self.player_id, "on_" + entry.kind, error), False
+            return self._failed(entry, gathering, error), False
+
+    def _failed(self, entry: Entry[Asker], gathering: Gathering, error: Exception) -> bytes:
+        """What its player is told of a command whose handler has raised *error*."""
+        if isinstance(error, Refusal):
+            gathering.drop()
+            return wire.error_body(error.error_type, error.message, error.details)
+        return handler_failed(gathering, self.player_id, "on_" + entry.kind, error)
 
     async def _on_subscribe(self, gathering: Gathering, kind: str, channel: str) -> Any:
         """A client's ``subscribe``: the game says whether; then it is done."""

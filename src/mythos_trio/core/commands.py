@@ -91,6 +91,11 @@ class Commands(Generic[Asker]):
         self.queue.append(entry)
         return True
 
+    def begin(self, entry: Entry[Asker], asker: Asker) -> None:
+        """*entry* runs at once, since nothing else waits or runs; until `finish`."""
+        entry.askers.append(asker)
+        self._open[entry.id] = self.running = entry
+
     def next(self) -> Entry[Asker] | None:
         """Take the next command; it runs until `finish`."""
         if not self.queue:
