@@ -32,6 +32,7 @@ from mythos_trio.core.backlog import CHUNK_BYTES, Batch, Replaced, next_batch
 from mythos_trio.core.errors import Close
 from mythos_trio.core.health import Liveness
 from mythos_trio.core.position import Gap, Position
+from mythos_trio.core.rates import Bucket
 from mythos_trio.core.timeline import Timeline
 from mythos_trio.core.wire import Framing, Message
 from mythos_trio.storage import Chunk, StoreError
@@ -103,7 +104,9 @@ class Connection:
         "address",
         "attached",
         "cohort",
+        "command_bucket",
         "expires_at",
+        "frame_bucket",
         "framing",
         "heartbeat_at",
         "hub",
@@ -160,6 +163,9 @@ class Connection:
         self.liveness = Liveness(heard_at=now, probed_at=now)
         self.heartbeat_at = now
         self.post_at = now  # when a POST last named this connection
+        # The player's, for what the client says; found when it says something.
+        self.command_bucket: Bucket | None = None
+        self.frame_bucket: Bucket | None = None
         self._start: Callable[[Callable[[], Awaitable[None]]], None] | None = None
         self.replaced = Replaced()
         self.starts_after = 0  # what is not newer was never for this connection
@@ -373,8 +379,8 @@ class Connection:
             return False
         if position is not None and position > newest:
             return False
-        place = f"{self.hub.epoch}-{newest if position is None else position}"
-        if not self.link.try_send(self.framing.control(wire.reply(command_id, answer, place))):
+        reply = wire.reply(command_id, answer, self.hub.epoch, newest if position is None else position)
+        if not self.link.try_send(self.framing.control(reply)):
             return False
         self._behind = False
         self._move_to(newest)
@@ -515,8 +521,8 @@ class Connection:
         """*position*: what precedes them is complete up to it."""
         control = self.framing.control
         for pending in _due(between.replies, written):
-            place = position if pending.position is None else f"{self.hub.epoch}-{pending.position}"
-            yield control(wire.reply(pending.command_id, pending.answer, place))
+            place = written if pending.position is None else pending.position
+            yield control(wire.reply(pending.command_id, pending.answer, self.hub.epoch, place))
         if between.pong is not None:
             yield control(between.pong)
         if between.heartbeat:

@@ -23,7 +23,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar
 
-from attrs import frozen
+import msgspec
 
 from mythos_trio.core import messages, names, wire
 from mythos_trio.core.data import PLAYER, Value, check_key, max_bytes, player_key
@@ -74,8 +74,7 @@ class GameSpecError(GameError):
     """There is no game where ``mythos-trio serve MODULE:NAME`` was told to look."""
 
 
-@frozen
-class Command:
+class Command(msgspec.Struct, frozen=True):
     """What a player wants. *content* is any JSON; *id* stays the same when a client asks again, so a
     game that does something outside of this server can tell by it."""
 

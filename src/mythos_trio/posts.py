@@ -349,7 +349,7 @@ class Posts:
         answer = decode_json(asker.reply)
         kind = "" if answer["ok"] else answer["error"]["error_type"]
         status = _NOT_RUN.get(kind, 200)
-        return status, wire.reply(asker.command_id, asker.reply, f"{hub.epoch}-{position}")
+        return status, wire.reply(asker.command_id, asker.reply, hub.epoch, position)
 
     def _ack(self, player: str, value: dict[str, Any]) -> bytes:
         _check_fields(value, {"type", "id", "position", "session_id", "connection_id"})

@@ -23,14 +23,14 @@ from attrs import evolve
 from mythos_trio import logs
 from mythos_trio.bell import Bell, Once
 from mythos_trio.core import wire
-from mythos_trio.core.commands import Commands, Entry, Remembered
+from mythos_trio.core.commands import Commands, Entry, Remembered, digest_of, mark_of
 from mythos_trio.core.data import player_key
 from mythos_trio.core.deliveries import Deliveries
 from mythos_trio.core.errors import BUSY, FAULT, TOLD_BY_GAME, Close, ErrorType, Refusal
 from mythos_trio.core.log import Log
 from mythos_trio.core.messages import decode_json
 from mythos_trio.core.requests import Command as ClientCommand
-from mythos_trio.core.requests import command_digest
+from mythos_trio.core.requests import command_said
 from mythos_trio.core.session import Happening, Presence, State, after, parse_presence
 from mythos_trio.core.timeline import Timeline
 from mythos_trio.core.transaction import (
@@ -507,15 +507,15 @@ class LiveSession:
         if self.over or self._context.draining:
             self._check_open()
         id = request.id or self._context.randomness.token()
-        digest = command_digest(request)
-        remembered = self._commands.answered(id, digest)
+        said = command_said(request)
+        remembered = self._commands.answered(id, said)
         if remembered is not None:
             asker.offer_reply(id, remembered.body, remembered.position or None)
             return
-        entry: Entry[Asker] = Entry(id, digest, request.content, request.kind, given=request.id is not None)
         if request.kind == "command" and self._can_run_now():
-            self._run_now(entry, asker)
+            self._run_now(request, id, said, asker)
             return
+        entry: Entry[Asker] = Entry(id, said, request.content, request.kind, given=request.id is not None)
         if self._commands.submit(entry, asker) and not self._working:
             self._wake_worker()
 
@@ -765,34 +765,47 @@ class LiveSession:
             and context.stage.fits(context.game.on_command)
         )
 
-    def _run_now(self, entry: Entry[Asker], asker: Asker) -> None:
+    def _run_now(self, request: ClientCommand, id: str, said: bytes, asker: Asker) -> None:
         """Run a command to its end. If there is something to store, the session's task waits for that."""
         started = trio.current_time()
         self._context.statistics.ran()
         gathering = self._gathering()
-        body, ok = self._answer_now(entry, gathering)
-        self._commands.begin(entry, asker)
-        if gathering.rests_on_nothing:
-            gathering.tell()
-            self._conclude(entry, started, gathering, (body, ok), None)
+        answer = self._answer_now(Command(id, request.content), gathering)
+        if not gathering.rests_on_nothing:
+            self._begin(
+                Entry(id, said, request.content, given=request.id is not None), asker, started, gathering, answer
+            )
             return
-        begun = begin(self._context, gathering, (body, ok), partial(self._transaction, entry))
-        if begun.submission is None and not self._hub.data.rests_on(gathering.reads):
-            self._conclude(entry, started, gathering, (body, ok), None)
-            return
-        self._begun = (entry, started, begun)
-        self._wake_worker()
+        gathering.tell()
+        now = trio.current_time()
+        if request.id is not None:
+            self._commands.remember(id, Remembered(mark_of(said), answer[0], now, 0))
+        asker.offer_reply(id, answer[0], None)
+        self._context.statistics.command(now, (now - started) * 1000, answer[1])
+        self._carry_out(gathering)
 
-    def _answer_now(self, entry: Entry[Asker], gathering: Gathering) -> tuple[bytes, bool]:
+    def _answer_now(self, command: Command, gathering: Gathering) -> tuple[bytes, bool]:
         """As `_answer_of`, for a handler that never waits."""
-        context, player = self._context, gathering.player
+        context = self._context
         try:
-            content = context.stage.run(context.game.on_command, "on_command", player, Command(entry.id, entry.content))
+            content = context.stage.run(context.game.on_command, "on_command", gathering.player, command)
             return gathering.answer(content), True
         except Exception as error:
-            return self._failed(entry, gathering, error), False
+            return self._failed("on_command", gathering, error), False
         finally:
             gathering.close()
+
+    def _begin(
+        self, entry: Entry[Asker], asker: Asker, started: float, gathering: Gathering, answer: tuple[bytes, bool]
+    ) -> None:
+        """Have stored what a command has done that was run at once, and have what it has read waited for."""
+        self._commands.begin(entry, asker)
+        begun = begin(self._context, gathering, answer, partial(self._transaction, entry))
+        if begun.submission is None and not self._hub.data.rests_on(gathering.reads):
+            self._conclude(entry, started, gathering, answer, None)
+        else:
+            self._begun = (entry, started, begun)
+            self._wake_worker()
 
     async def _finish_begun(self, deadline: Deadline) -> None:
         assert self._begun is not None  # for the type checker
@@ -837,7 +850,7 @@ class LiveSession:
         """What a command's handler did, with its answer."""
         if not gathering.has_effects:
             return None
-        kept = Answer(self.player_id, self.session_id, entry.id, entry.digest, answer[0])
+        kept = Answer(self.player_id, self.session_id, entry.id, digest_of(entry.said), answer[0])
         return Transaction(effects=gathering.effects, answer=kept if entry.given else None)
 
     def _conclude(
@@ -865,9 +878,9 @@ class LiveSession:
     ) -> tuple[bytes, int | None, Remembered | None]:
         """What became of a command: (reply, its place, what to remember)."""
         if outcome is None:
-            return body, None, Remembered(entry.digest, body, now, 0)
+            return body, None, Remembered(mark_of(entry.said), body, now, 0)
         if isinstance(outcome, Committed):
-            return body, outcome.last, Remembered(entry.digest, body, now, outcome.last)
+            return body, outcome.last, Remembered(mark_of(entry.said), body, now, outcome.last)
         if outcome.reason == Reason.ANSWERED and outcome.answer is not None:
             first = Remembered(outcome.answer.digest, outcome.answer.body, now, self._hub.newest)
             return first.body, first.position, first
@@ -885,14 +898,14 @@ class LiveSession:
             content = await run_handler(call, gathering, deadline, self.player_id, "on_" + entry.kind)
             return gathering.answer(content), True
         except Exception as error:
-            return self._failed(entry, gathering, error), False
+            return self._failed("on_" + entry.kind, gathering, error), False
 
-    def _failed(self, entry: Entry[Asker], gathering: Gathering, error: Exception) -> bytes:
+    def _failed(self, handler: str, gathering: Gathering, error: Exception) -> bytes:
         """What its player is told of a command whose handler has raised *error*."""
         if isinstance(error, Refusal):
             gathering.drop()
             return wire.error_body(error.error_type, error.message, error.details)
-        return handler_failed(gathering, self.player_id, "on_" + entry.kind, error)
+        return handler_failed(gathering, self.player_id, handler, error)
 
     async def _on_subscribe(self, gathering: Gathering, kind: str, channel: str) -> Any:
         """A client's ``subscribe``: the game says whether; then it is done."""

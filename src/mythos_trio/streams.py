@@ -522,7 +522,10 @@ class Streams:
 
     def count_frames(self, connection: Connection, frames: int) -> None:
         """So many frames have come. Beyond the rate the connection ends."""
-        wait = self._frames.take(connection.session.player_id, connection.link.last_received, frames)
+        bucket = connection.frame_bucket
+        if bucket is None:
+            bucket = connection.frame_bucket = self._frames.of(connection.session.player_id)
+        wait = bucket.take(connection.link.last_received, frames)
         if wait:
             connection.end(RATE, retry_ms=int(wait * 1000) + 1)
 
@@ -563,13 +566,16 @@ class Streams:
 
     def _admit(self, connection: Connection, command: Command) -> bool:
         """Count a command against the rate; whether it may be carried out. Who does not heed the refusals is ended."""
-        player_id, when = connection.session.player_id, connection.link.last_received
-        wait = self._commands.take(player_id, when)
+        when = connection.link.last_received
+        bucket = connection.command_bucket
+        if bucket is None:
+            bucket = connection.command_bucket = self._commands.of(connection.session.player_id)
+        wait = bucket.take(when)
         if not wait:
             return True
         refusal = self._too_many_commands(wait)
         reply_error(connection, command.id, refusal)
-        if self._abuse.take(player_id, when):
+        if self._abuse.take(connection.session.player_id, when):
             connection.end(RATE, retry_ms=refusal.retry_ms)
         return False
 

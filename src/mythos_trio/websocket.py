@@ -176,7 +176,7 @@ class WebSocketChannel:
             self._bell.ring()
 
     def _take_now(self, connection: Connection) -> bool:
-        data = self._link.receive_now(RECEIVE_BYTES)
+        data = self._link.receive_now(RECEIVE_BYTES, self._poller.now)
         if data is None:
             return True
         if not data:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from mythos_trio.core.commands import MAX_ASKERS, MAX_WAITING, Commands, Entry, Remembered
+from mythos_trio.core.commands import (
+    MAX_ASKERS,
+    MAX_WAITING,
+    SHORT,
+    Commands,
+    Entry,
+    Remembered,
+    digest_of,
+    mark_of,
+)
 from mythos_trio.core.errors import ErrorType, Refusal
 
 
@@ -63,6 +73,27 @@ def test_the_same_id_with_other_content_is_refused_in_every_state() -> None:
     with pytest.raises(Refusal):
         queue.answered("a", b"other")
     assert queue.answered("a", b"d") is not None
+
+
+@pytest.mark.parametrize("size", [1, SHORT, SHORT + 1, 10_000])
+@pytest.mark.parametrize("mark", [mark_of, digest_of])  # remembered here, and found in the store
+def test_a_command_is_known_again_by_its_mark(size: int, mark: Callable[[bytes], bytes]) -> None:
+    queue, said = commands(), b"x" * size
+    queue.remember("a", answer(digest=mark(said)))
+    assert len(mark(said)) <= SHORT
+    assert queue.answered("a", said) is not None
+    with pytest.raises(Refusal):
+        queue.answered("a", said[:-1] + b"y")
+
+
+def test_one_that_is_run_at_once_is_open_until_it_is_finished() -> None:
+    queue = commands()
+    first = entry("a")
+    queue.begin(first, "ann")
+    assert queue.running is first
+    assert not queue.submit(entry("a"), "bob")
+    assert queue.finish(first, answer()) == ["ann", "bob"]
+    assert queue.answered("a", b"d") == answer()
 
 
 def test_32_wait_beside_the_one_that_runs() -> None:

@@ -18,7 +18,7 @@ from mythos_trio.core.requests import (
     Command,
     Ping,
     Wrong,
-    command_digest,
+    command_said,
     parse_frame,
     parse_payload,
 )
@@ -98,19 +98,19 @@ def test_no_object_raises(value: dict[str, Any]) -> None:
 
 
 @given(jsons)
-def test_a_command_has_one_digest_however_it_is_written(content: Any) -> None:
+def test_a_command_is_the_same_however_it_is_written(content: Any) -> None:
     text = json.dumps(content, allow_nan=False) if "Infinity" not in json.dumps(content) else None
     if text is None:
         return
     again = json.loads(text)
     if isinstance(again, dict):
         again = dict(reversed(again.items()))
-    assert command_digest(Command("a", content)) == command_digest(Command("b", again))
+    assert command_said(Command("a", content)) == command_said(Command("b", again))
 
 
-def test_other_commands_have_other_digests() -> None:
-    digests = {
-        command_digest(command)
+def test_other_commands_are_told_apart() -> None:
+    said = {
+        command_said(command)
         for command in (
             Command("a", "inn"),
             Command("a", "inn", "subscribe"),
@@ -122,7 +122,7 @@ def test_other_commands_have_other_digests() -> None:
             Command("a", None),
         )
     }
-    assert len(digests) == 8
+    assert len(said) == 8
 
 
 # As clients write, with small mistakes in all places.

@@ -147,13 +147,13 @@ def test_a_reply_is_an_object_whatever_is_in_it(id_: str | None, content: str) -
         content.encode()
     except UnicodeEncodeError:
         return
-    reply = json.loads(wire.reply(id_, wire.answer_body(content), "1-7"))
+    reply = json.loads(wire.reply(id_, wire.answer_body(content), 1, 7))
     assert reply == {"type": "reply", "id": id_, "ok": True, "content": content, "position": "1-7"}
 
 
 def test_an_error_reply_says_what_and_why() -> None:
     body = wire.error_body("validation_error", "no", {"field": "id"})
-    assert json.loads(wire.reply("a", body, "1-7")) == {
+    assert json.loads(wire.reply("a", body, 1, 7)) == {
         "type": "reply",
         "id": "a",
         "ok": False,

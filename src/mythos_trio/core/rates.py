@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Final
 
-from attrs import define
-
 # A restart takes about this long; who comes back sooner finds nobody, or waits in the kernel's queue, and all of these
 # would then be let in at once.
 FIRST_RETURN_MS: Final = 1000
@@ -38,22 +36,31 @@ def cut_off_ms(others: int, jitter: float) -> int:
     return FIRST_RETURN_MS + int(jitter * min(others * 1000 / RETURNS_A_SECOND, LONGEST_SPREAD_MS))
 
 
-@define
-class Bucket:
-    left: float
-    at: float
+# What rounding may cost: a thousandth of one.
+_SLACK: Final = 1e-3
 
-    def take(self, now: float, count: int, seconds: float, wanted: int = 1) -> float:
+
+class Bucket:
+    """What it holds is kept as the moment at which it will be full again: one number, which a refusal leaves alone."""
+
+    __slots__ = ("_each", "_full_at", "_seconds")
+
+    def __init__(self, count: int, seconds: float) -> None:
+        self._seconds = seconds
+        self._each = seconds / count
+        self._full_at = 0.0
+
+    def take(self, now: float, wanted: int = 1) -> float:
         """Take *wanted*; 0 if there were as many, else the seconds after which there will be."""
-        left = self.left + (now - self.at) * count / seconds
-        if left > count:
-            left = count
-        self.at = now
-        if left >= wanted:
-            self.left = left - wanted
-            return 0.0
-        self.left = left
-        return (wanted - left) * seconds / count
+        full_at = self._full_at
+        if full_at < now:
+            full_at = now
+        full_at += wanted * self._each
+        wait = full_at - now - self._seconds
+        if wait > _SLACK * self._each:
+            return wait
+        self._full_at = full_at
+        return 0.0
 
 
 class Buckets:
@@ -66,13 +73,17 @@ class Buckets:
         self._max_keys = max_keys
         self._buckets: OrderedDict[str, Bucket] = OrderedDict()
 
-    def take(self, key: str, now: float, wanted: int = 1) -> float:
-        """Take *wanted* of *key*'s; 0 if there were as many, else the seconds after which there will be."""
+    def of(self, key: str) -> Bucket:
+        """*key*'s bucket, to keep at hand: that spares asking each time."""
         bucket = self._buckets.get(key)
         if bucket is None:
-            bucket = self._buckets[key] = Bucket(self._count, now)
+            bucket = self._buckets[key] = Bucket(self._count, self._seconds)
             if len(self._buckets) > self._max_keys:
                 self._buckets.popitem(last=False)
         else:
             self._buckets.move_to_end(key)
-        return bucket.take(now, self._count, self._seconds, wanted)
+        return bucket
+
+    def take(self, key: str, now: float, wanted: int = 1) -> float:
+        """Take *wanted* of *key*'s; 0 if there were as many, else the seconds after which there will be."""
+        return self.of(key).take(now, wanted)

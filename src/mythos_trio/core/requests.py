@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from hashlib import blake2b
 from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
@@ -70,6 +69,7 @@ class _Said(msgspec.Struct, forbid_unknown_fields=True):
 
 
 _decode_said: Final = msgspec.json.Decoder(_Said).decode
+_encode_sorted: Final = msgspec.json.Encoder(order="deterministic").encode
 
 
 def parse_payload(payload: bytes) -> ClientRequest:
@@ -81,7 +81,7 @@ def parse_payload(payload: bytes) -> ClientRequest:
     """
     try:
         said = _decode_said(payload)
-        if not may_be_deep(payload):
+        if type(said.content) is str or not may_be_deep(payload):
             return Command(None if said.id is None else names.message_id(said.id), said.content)
     except (msgspec.DecodeError, UnicodeError, RecursionError, Refusal):
         pass
@@ -159,6 +159,6 @@ def _text(value: Mapping[str, Any], field: str) -> str:
     return text
 
 
-def command_digest(command: Command) -> bytes:
-    """Tells whether two commands with one id are the same."""
-    return blake2b(msgspec.json.encode([command.kind, command.content], order="deterministic"), digest_size=16).digest()
+def command_said(command: Command) -> bytes:
+    """What tells whether two commands with one id are the same."""
+    return _encode_sorted([command.kind, command.content])

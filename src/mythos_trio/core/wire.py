@@ -217,13 +217,10 @@ def disconnect(close: Close, retry_ms: int | None = None) -> bytes:
     return control("disconnect", code=close.code, reason=close.reason, reconnect=close.reconnect, retry_ms=retry_ms)
 
 
-def reply(command_id: str | None, answer: bytes, position: str) -> bytes:
-    """The ``reply`` to a command. *answer* is the JSON object ``{"ok": …}`` of `answer_body`."""
-    return b'{"type":"reply","id":%b,%b,"position":"%b"}' % (
-        _encoder.encode(command_id),
-        answer[1:-1],
-        position.encode(),
-    )
+def reply(command_id: str | None, answer: bytes, epoch: int, seq: int) -> bytes:
+    """The ``reply`` to a command, whose place is behind *seq*. *answer* is the JSON object ``{"ok": …}`` of
+    `answer_body`."""
+    return b'{"type":"reply","id":%b,%b,"position":"%d-%d"}' % (_encoder.encode(command_id), answer[1:-1], epoch, seq)
 
 
 def answer_body(content: Any) -> bytes:
