@@ -10,7 +10,6 @@ import pytest
 from mythos_trio.core.commands import (
     MAX_ASKERS,
     MAX_WAITING,
-    SHORT,
     Commands,
     Entry,
     Remembered,
@@ -20,12 +19,12 @@ from mythos_trio.core.commands import (
 from mythos_trio.core.errors import ErrorType, Refusal
 
 
-def entry(id_: str, digest: bytes = b"d", *, given: bool = True) -> Entry[str]:
-    return Entry(id_, digest, "content", "command", given=given)
+def entry(id_: str, said: bytes = b"d", *, given: bool = True) -> Entry[str]:
+    return Entry(id_, said, "content", "command", given=given)
 
 
-def answer(at: float = 0.0, digest: bytes = b"d") -> Remembered:
-    return Remembered(digest, b"{}", at, 0)
+def answer(at: float = 0.0, said: bytes = b"d", mark: Callable[[bytes], int | bytes] = mark_of) -> Remembered:
+    return Remembered(mark(said), b"{}", at, 0)
 
 
 def commands(**more: Any) -> Commands[str]:
@@ -75,12 +74,11 @@ def test_the_same_id_with_other_content_is_refused_in_every_state() -> None:
     assert queue.answered("a", b"d") is not None
 
 
-@pytest.mark.parametrize("size", [1, SHORT, SHORT + 1, 10_000])
+@pytest.mark.parametrize("size", [1, 10_000])
 @pytest.mark.parametrize("mark", [mark_of, digest_of])  # remembered here, and found in the store
-def test_a_command_is_known_again_by_its_mark(size: int, mark: Callable[[bytes], bytes]) -> None:
+def test_a_command_is_known_again_by_its_mark(size: int, mark: Callable[[bytes], int | bytes]) -> None:
     queue, said = commands(), b"x" * size
-    queue.remember("a", answer(digest=mark(said)))
-    assert len(mark(said)) <= SHORT
+    queue.remember("a", answer(said=said, mark=mark))
     assert queue.answered("a", said) is not None
     with pytest.raises(Refusal):
         queue.answered("a", said[:-1] + b"y")
