@@ -328,7 +328,7 @@ def _run_through(handler: Callable[..., Awaitable[T]], name: str, player: Player
     except Exception:
         raise
     except BaseException as error:
-        raise _ends_nothing(name, error) from error
+        raise _ends_nothing(name, error) from error  # noqa: ASYNC104 - nothing has waited
     finally:
         if (seconds := time.perf_counter() - began) >= BLOCKED_SECONDS:
             _warn_blocked(name, player.id, seconds)

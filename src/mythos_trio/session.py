@@ -1,7 +1,8 @@
 """A live session: the player's nursery, its connections, and the handlers of its player.
 
 A session lives in memory while it is online or link-dead. Its nursery (`run`) owns its connections'
-tasks and the one task that runs handlers (`_work`), which exists only while there is something to run.
+tasks and the one task that runs handlers (`_work`), which exists only while there is something to run. A command whose
+handler waits for nothing is run where it was heard (`_run_now`).
 The nursery ends when the session goes offline, when the registrar ends it, or when something in it
 crashes; the registrar, outside, decides what follows.
 

@@ -7,8 +7,9 @@ its end (`_Taken`); the link's `FrameScanner` then looks on, since trio-websocke
 message has come.
 
 A frame that comes alone, as nearly always, is heard in the turn of the `Poller`'s task, which has found that it is
-there: no task is woken. The connection's own task sleeps until there is something that needs to wait: for other
-frames of the same piece, for room for replies, for the store, for trio-websocket, or for the end.
+there, and a command whose handler waits for nothing is run there: no task is woken. The connection's own task sleeps
+until there is something that needs to wait: for other frames of the same piece, for room for replies, for the store,
+for trio-websocket, or for the end.
 
 Measured, for each frame with its reply and for each idle connection: 45 µs and 14 KiB less than with trio-websocket.
 
