@@ -40,33 +40,41 @@ class Arena(Game):
     """What a handler has asked for is done a moment after its reply."""
 
     async def on_command(self, player: Player, command: Command) -> Any:
-        what = command.content["do"]
-        answer = {"run": next(self.runs), "session": player.session_id, "command": command.id}
-        if what == "look":
-            return answer | {"sum": player.world.data.get("sum", 0)}
-        if what in ("act", "slow"):
-            await self._act(player, command, pause=0.3 if what == "slow" else 0.0)
-        player.send("did", answer)
+        what, answer = command.content["do"], self._answer(player, command)
         if what == "hang":
+            player.send("did", answer)
             await trio.sleep(1000)
-        elif what == "raise":
+        read = self._read(player, command)
+        if what == "slow":
+            await trio.sleep(0.3)
+        return self._do(player, command, answer, *read)
+
+    def _answer(self, player: Player, command: Command) -> dict[str, Any]:
+        return {"run": next(self.runs), "session": player.session_id, "command": command.id}
+
+    def _read(self, player: Player, command: Command) -> tuple[list[Any], int]:
+        if command.content["do"] not in ("look", "act", "slow"):
+            return [], 0
+        return player.data.get("acts", []), player.world.data.get("sum", 0)
+
+    def _do(self, player: Player, command: Command, answer: dict[str, Any], acts: list[Any], total: int) -> Any:
+        what = command.content["do"]
+        if what == "look":
+            return answer | {"sum": total}
+        player.send("did", answer)
+        if what in ("raise", "hang"):
             raise ValueError("on purpose")
-        elif what == "refuse":
+        if what == "refuse":
             raise CommandError("no")
+        if what in ("act", "slow"):
+            player.data["acts"] = [*acts, [player.session_id, command.id]]
+            player.world.data["sum"] = total + command.content["n"]
         elif what in ("renew", "kick"):
             self.restless_until = trio.current_time() + 1
             (player.new_session if what == "renew" else player.disconnect)()
-        elif what not in ("act", "slow"):
+        else:
             getattr(self, f"_{what}")(player, command)
         return answer
-
-    async def _act(self, player: Player, command: Command, pause: float) -> None:
-        data = player.world.data
-        acts, total = player.data.get("acts", []), data.get("sum", 0)
-        if pause:
-            await trio.sleep(pause)
-        player.data["acts"] = [*acts, [player.session_id, command.id]]
-        data["sum"] = total + command.content["n"]
 
     def _shout(self, player: Player, command: Command) -> None:
         player.world.publish("c1", "shout", command.id)
@@ -129,3 +137,10 @@ class Arena(Game):
 
     def _told(self, player: Player, what: str) -> None:
         player.send("told", {"what": what, "session": player.session_id})
+
+
+class Brisk(Arena):
+    """Waits for nothing, so that commands are run where they are heard: what is slow is not, what hangs fails."""
+
+    async def on_command(self, player: Player, command: Command) -> Any:
+        return self._do(player, command, self._answer(player, command), *self._read(player, command))

@@ -25,7 +25,7 @@ from mythos_trio.sqlite import SqliteDatabase
 from mythos_trio.testing.process import Process, VirtualClock
 from tests.simulation import oracle
 from tests.simulation.clients import ANSWER_SECONDS, CHANGE_SECONDS, GONE, Heard, Operators, Publishers, Terminal
-from tests.simulation.game import Arena
+from tests.simulation.game import Arena, Brisk
 from tests.simulation.plan import Plan, Shape, Step, draw_plan
 from tests.simulation.store import Branch, Copy, Disk, Event, Platter, Recorded, Truth
 from tests.support.determinism import run_seeded, small_bounds
@@ -254,7 +254,7 @@ class World:
         database = Recorded(self.path, durability=settings["durability"], boot_id=lambda: boot)
         database.truth, database.platter = self.truth, self.platter
         disk = Disk(self.chance, self.truth)
-        game = Arena(self._runs)
+        game = (Brisk if self.plan.seed % 2 else Arena)(self._runs)
         process = Process(
             self.path,
             game,
