@@ -443,7 +443,7 @@ KNOWN: Final = {
     "half-open-stays": 52,
     "no-write-timeout": 2,
     "timer-twice": 5,
-    "lost-update": 173,
+    "lost-update": 248,
     "mail-lost": 3,
     "channels-forgotten": 21,
     "round-forgets": 20,
