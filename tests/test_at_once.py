@@ -13,7 +13,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from mythos_trio import testing
+from mythos_trio import logs, testing
+from mythos_trio.connection import Connection
 from mythos_trio.game import Command, CommandError, Game, Player, never_waits
 from mythos_trio.seams import rfc3339
 from tests.support.games import Disk
@@ -245,6 +246,28 @@ async def test_what_it_asks_for_is_done_behind_its_reply(tmp_path: Path, autojum
         await back.give("go", "c2")
         assert (await back.until_type("reply"))["ok"]
         assert (await back.until_over() or {})["reason"] == "told to"
+
+
+async def test_a_fault_in_a_reply_harms_nobody_else(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with play(tmp_path / "m.db", game=Prompt()) as world:
+        ann, bob = await entered(world), await entered(world, "bob")
+        offer = Connection.offer_reply
+
+        def fail(connection: Connection, command_id: str | None, answer: bytes, position: int | None) -> None:
+            if command_id == "c1":
+                raise ZeroDivisionError("on purpose")
+            offer(connection, command_id, answer, position)
+
+        monkeypatch.setattr(Connection, "offer_reply", fail)
+        with logs.capture() as lines:
+            await ann.give("echo lost", "c1")
+            assert (await bob.command("echo hi", "c2"))["ok"]
+            await trio.sleep(1)
+        assert "Unexpected error in a reply" in [line["event"] for line in lines]
+        monkeypatch.undo()
+        assert (await ann.command("echo lost", "c1"))["content"] == "lost"
 
 
 # Mistakes.

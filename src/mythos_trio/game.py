@@ -601,6 +601,11 @@ class Gathering:
         """Whether there is anything to commit."""
         return bool(self.effects or self.writes or self.timers)
 
+    @property
+    def asks_for_more(self) -> bool:
+        """Whether something is to be done after the reply."""
+        return self.new_session_wanted or self.disconnect_wanted is not None
+
     def ask_for_new_session(self) -> None:
         self._check_open("new_session")
         self.new_session_wanted = True

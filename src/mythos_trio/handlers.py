@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from mythos_trio.dispatcher import Dispatcher, Submission
     from mythos_trio.hub import Hub
     from mythos_trio.seams import Clock, Randomness
-    from mythos_trio.session import LiveSession
+    from mythos_trio.session import Asker, LiveSession
     from mythos_trio.statistics import Statistics
 
 T = TypeVar("T")
@@ -261,13 +261,17 @@ class Stage:
     no place in a queue: 4 of 27 µs for each command. What it could leave behind in a task that is not its own are
     context variables, so it has a copy of them, and open scopes. Those that can be seen fail the handler; all of them
     are closed when the turn is over, before that task waits again: until then a scope does nothing to anybody.
+
+    The replies of a turn are sent when it is over. One by one, between commands, each of them finds that its client's
+    processor has just gone to sleep, and the kernel wakes it: 5 µs for each command.
     """
 
-    __slots__ = ("_code", "_never_waits", "_scope", "_until", "open")
+    __slots__ = ("_code", "_never_waits", "_replies", "_scope", "_until", "open")
 
     def __init__(self) -> None:
         self.open = False
         """Whether this is such a turn: each is a ``with`` of the stage, without an ``await``."""
+        self._replies: list[tuple[Asker, str, bytes]] = []
         self._scope: trio.CancelScope | None = None  # entered for the first handler of a turn
         self._until = 0.0
         self._code: object = None
@@ -283,6 +287,14 @@ class Stage:
                 self._close()
             except RuntimeError as open_inside:
                 _warn_open(open_inside)
+        if self._replies:
+            replies, self._replies = self._replies, []
+            for asker, id, body in replies:
+                _reply(asker, id, body)
+
+    def reply_later(self, asker: Asker, id: str, body: bytes) -> None:
+        """Answer a command when the turn is over; its reply need not wait for its place in the stream."""
+        self._replies.append((asker, id, body))
 
     def fits(self, handler: Callable[..., object]) -> bool:
         """Whether *handler* can be `run`."""
@@ -314,6 +326,14 @@ class Stage:
         assert self._scope is not None  # for the type checker
         scope, self._scope = self._scope, None
         scope.__exit__(None, None, None)
+
+
+def _reply(asker: Asker, id: str, body: bytes) -> None:
+    """What escapes would end the task that has heard the command, and with it the server."""
+    try:
+        asker.offer_reply(id, body, None)
+    except Exception as error:
+        log.error("Unexpected error in a reply", error_type=ErrorType.SYSTEM.value, exc_info=error)
 
 
 def _run_through(handler: Callable[..., Awaitable[T]], name: str, player: Player, *arguments: object) -> T:

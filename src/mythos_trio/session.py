@@ -781,9 +781,12 @@ class LiveSession:
         now = trio.current_time()
         if request.id is not None:
             self._commands.remember(id, Remembered(mark_of(said), answer[0], now, 0))
-        asker.offer_reply(id, answer[0], None)
         self._context.statistics.command(now, (now - started) * 1000, answer[1])
-        self._carry_out(gathering)
+        if gathering.asks_for_more:
+            asker.offer_reply(id, answer[0], None)
+            self._carry_out(gathering)
+        else:
+            self._context.stage.reply_later(asker, id, answer[0])
 
     def _answer_now(self, command: Command, gathering: Gathering) -> tuple[bytes, bool]:
         """As `_answer_of`, for a handler that never waits."""
