@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -146,6 +147,24 @@ def test_the_newest_and_the_recent_answers_are_kept() -> None:
     assert (before, queue.complete) == (True, False)  # who asks for an older one has to ask the store
     queue.remember("later", answer(at=100))
     assert [bool(queue.answered(id_, b"d")) for id_ in ("4", "5", "late", "later")] == [False, True, True, True]
+
+
+def test_an_answer_that_is_remembered_again_keeps_its_place() -> None:
+    queue = commands(keep_count=2, keep_seconds=1)
+    for at, id_ in enumerate(("a", "a", "b", "a", "b", "b")):
+        queue.remember(id_, answer(at=at / 10))
+    queue.remember("c", answer(at=10))
+    assert [bool(queue.answered(id_, b"d")) for id_ in "abc"] == [False, True, True]
+    queue.remember("d", answer(at=20))
+    assert [bool(queue.answered(id_, b"d")) for id_ in "abcd"] == [False, False, True, True]
+
+
+def test_the_garbage_collector_goes_through_no_answers() -> None:
+    queue = commands()
+    for number in range(100):
+        queue.remember(str(number), answer(at=number))
+    assert not gc.is_tracked(queue._answers)
+    assert not gc.is_tracked(answer())
 
 
 def test_giving_up_what_waits_leaves_what_runs() -> None:
