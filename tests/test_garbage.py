@@ -14,7 +14,9 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from mythos_trio.garbage import BLOCKS_EACH, SPARE_BLOCKS, is_too_much
+from mythos_trio.core import wire
+from mythos_trio.core.commands import Commands, Remembered, mark_of
+from mythos_trio.garbage import BLOCKS_AN_ANSWER, BLOCKS_EACH, SPARE_BLOCKS, is_too_much
 from tests.support.games import Puppet
 from tests.support.play import World, play
 
@@ -69,8 +71,23 @@ def test_what_connections_account_for_is_not_gone_through_again() -> None:
     assert is_too_much(2 * 300_000 + SPARE_BLOCKS + 1, last=300_000, live=0)
 
 
+def test_what_answers_account_for_is_not_gone_through_again() -> None:
+    commands: Commands[None] = Commands(complete=True)
+    before = sys.getallocatedblocks()
+    for number in range(2000):
+        said = b'["command","%d"]' % number
+        commands.remember(f"c{number}", Remembered(mark_of(said), wire.answer_body(number), number / 7, 0))
+    assert commands.remembered == 2000
+    assert BLOCKS_AN_ANSWER - 2 < (sys.getallocatedblocks() - before) / 2000 <= BLOCKS_AN_ANSWER
+    too_much = 2 * 300_000 + SPARE_BLOCKS + 1
+    assert not is_too_much(too_much, last=300_000, live=0, answers=1)
+    assert is_too_much(too_much + BLOCKS_AN_ANSWER, last=300_000, live=0, answers=1)
+
+
 SCRIPT = """
 import gc
+from mythos_trio.core import wire
+from mythos_trio.core.commands import Commands, Remembered, mark_of
 from mythos_trio.garbage import THRESHOLDS, Garbage
 import mythos_trio.garbage
 

@@ -418,7 +418,10 @@ async def _main(
         randomness=SystemRandomness(),
         statistics=statistics,
     )
-    garbage = Garbage(lambda: len(server.hub.connections) + len(server.hub.sessions))
+    garbage = Garbage(
+        lambda: len(server.hub.connections) + len(server.hub.sessions),
+        lambda: sum(session.remembered_answers for session in server.hub.sessions.values()),
+    )
     lingering = threading.Timer(LINGER_SECONDS, lambda: _end_without_the_game(server.exit_code))
     lingering.daemon = True
     server.on_drained = lingering.start

@@ -227,6 +227,10 @@ class LiveSession:
         return self._commands.waiting
 
     @property
+    def remembered_answers(self) -> int:
+        return self._commands.remembered
+
+    @property
     def running_timers(self) -> int:
         return len(self._due) + (0 if self._clock is None else self._clock.running)
 

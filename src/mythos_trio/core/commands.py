@@ -65,6 +65,11 @@ class Commands(Generic[Asker]):
     def waiting(self) -> int:
         return len(self.queue)
 
+    @property
+    def remembered(self) -> int:
+        """How many answers."""
+        return len(self._answers)
+
     def has_answered(self, id: str) -> bool:
         """Whether the answer that *id* got is known here."""
         return id in self._answers
