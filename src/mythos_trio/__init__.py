@@ -14,7 +14,7 @@ connections carry it at the same time. The map, from the outside in:
 ``posts``                                 publishing, commands and acknowledgements by POST
 ``bridge``, ``api``, ``monitor``          Hypercorn and the Quart-Trio app: the API and the monitoring pages
 ``registrar``, ``session``, ``handlers``  who is in which session; the player's nursery; the game's handlers
-``timers``, ``grace``                     the game's timers that run now; the grace times of who is link-dead
+``timers``                                the game's timers that run now
 ``dispatcher``, ``hub``                   from a transaction to what it means in memory
 ``rounds``, ``connection``                from there to the bytes on each connection
 ``ledger``, ``explain``                   what runs, and whose it is; what became of a message
@@ -26,7 +26,7 @@ connections carry it at the same time. The map, from the outside in:
 ``config``, ``logs``, ``statistics``      settings; what is logged; what is counted
 ``seams``, ``machine``                    wall clock and randomness; what the machine says of itself
 ``garbage``, ``turns``                    pauses of the event loop, kept short
-``bell``                                  how a plain function wakes a task
+``bell``, ``delays``                      how a plain function wakes a task; times that one task keeps for many
 ``core``                                  the rules: values in, values out
 ========================================  ========================================================================
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import trio
 
 
@@ -9,11 +11,12 @@ class Once:
     """Something that happens once. As `trio.Event`, which is made only if somebody waits: most of what can be waited
     for nobody waits for, and an event takes five times as much memory."""
 
-    __slots__ = ("_event", "_happened")
+    __slots__ = ("_event", "_happened", "_then")
 
     def __init__(self) -> None:
         self._event: trio.Event | None = None
         self._happened = False
+        self._then: Callable[[], None] | None = None
 
     def is_set(self) -> bool:
         return self._happened
@@ -22,6 +25,16 @@ class Once:
         self._happened = True
         if self._event is not None:
             self._event.set()
+        then, self._then = self._then, None
+        if then is not None:
+            then()
+
+    def then(self, call: Callable[[], None]) -> None:
+        """Have *call* called in the moment in which it happens: no task has to wait for it. At most one; it must not
+        raise."""
+        if self._happened or self._then is not None:
+            raise RuntimeError("it has happened already, or somebody else is to be called")
+        self._then = call
 
     async def wait(self) -> None:
         if self._happened:

@@ -10,7 +10,7 @@ import contextvars
 import time
 import types
 from collections.abc import Awaitable, Callable, Collection, Generator, Iterable
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 import trio
 from attrs import define, field, frozen
@@ -32,7 +32,7 @@ from mythos_trio.core.transaction import (
 from mythos_trio.dispatcher import refusal_of
 from mythos_trio.game import WORLD, CommandError, Game, GameError, Gathering, Health, Player, World, never_waits
 from mythos_trio.game import Presence as PresenceText
-from mythos_trio.grace import Graces
+from mythos_trio.delays import Delays
 from mythos_trio.storage import SessionRow
 from mythos_trio.timers import TimerClock
 
@@ -105,6 +105,12 @@ class Turns:
                 del self._locks[key]
 
 
+class Graced(Protocol):
+    def grace_over(self) -> None:
+        """It has been link-dead for the whole grace time."""
+        ...
+
+
 @define(eq=False)
 class Context:
     """What all sessions share."""
@@ -118,7 +124,8 @@ class Context:
     randomness: Randomness
     turns: Turns = field(factory=Turns)
     stage: Stage = field(factory=lambda: Stage())
-    graces: Graces = field(init=False)
+    graces: Delays[Graced] = field(init=False)
+    """The grace times of who is link-dead."""
     unheard: frozenset[Owed] = field(init=False)
     """The handlers of presence that the game does not have."""
     draining: bool = False
@@ -132,8 +139,8 @@ class Context:
     _one_ended: trio.Event = field(factory=trio.Event)
 
     @graces.default
-    def _make_graces(self) -> Graces:
-        return Graces(self.settings.linkdead_grace)
+    def _make_graces(self) -> Delays[Graced]:
+        return Delays(self.settings.linkdead_grace, lambda session: session.grace_over())
 
     @unheard.default
     def _find_unheard(self) -> frozenset[Owed]:

@@ -99,7 +99,6 @@ class Link(trio.abc.HalfCloseableStream):
         "received_bytes",
         "scanner",
         "sent_bytes",
-        "socket",
         "start",
         "unsent",
         "violation",
@@ -111,8 +110,6 @@ class Link(trio.abc.HalfCloseableStream):
         self.write_timeout = write_timeout
         self.start = start
         """Starts a task to finish a partial write; the owner's `nursery.start_soon`. Reassignable."""
-        family = socket.AF_INET6 if ":" in wire.peer else socket.AF_INET
-        self.socket = SocketInfo(family, (wire.peer, wire.peer_port), wire.local)
         # Lists: nearly always empty, and then a deque takes ten times as much.
         self._queue: list[_Piece] = []
         self.unsent = 0
@@ -165,6 +162,12 @@ class Link(trio.abc.HalfCloseableStream):
     @property
     def peer_port(self) -> int:
         return self._wire.peer_port
+
+    @property
+    def socket(self) -> SocketInfo:
+        """ClosedResourceError if it is closed."""
+        family = socket.AF_INET6 if ":" in self.peer else socket.AF_INET
+        return SocketInfo(family, (self.peer, self.peer_port), self._wire.local)
 
     @property
     def closed(self) -> bool:

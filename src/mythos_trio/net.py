@@ -49,7 +49,9 @@ class Wire(Protocol):
     def peer_port(self) -> int: ...
 
     @property
-    def local(self) -> tuple[str, int]: ...
+    def local(self) -> tuple[str, int]:
+        """Our own address. ClosedResourceError if it is closed: few ask, and the kernel has to be asked."""
+        ...
 
     def send(self, data: bytes | memoryview, /) -> int:
         """Give bytes to the kernel. BlockingIOError: it takes none now. OSError: broken."""
@@ -110,6 +112,10 @@ class Listener(Protocol):
         """OSError as the kernel has it (EMFILE …); ClosedResourceError when it is closed."""
         ...
 
+    def accept_now(self) -> Wire | None:
+        """One that waits already; None if none does, or that cannot be told without trouble: `accept` tells."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -133,26 +139,34 @@ def plain_address(address: str) -> str:
 class SocketWire:
     """A connected TCP socket."""
 
-    __slots__ = ("_sock", "local", "peer", "peer_port", "recv", "send")
+    __slots__ = ("_sock", "_waited", "peer", "peer_port", "recv", "send")
 
     def __init__(self, sock: socket.socket, peer: tuple[str, int]) -> None:
         sock.setblocking(False)
         self._sock = sock
+        self._waited = False  # a task has waited for it: the next close tells Trio
         self.peer, self.peer_port = plain_address(peer[0]), peer[1]
-        name = sock.getsockname()
-        self.local: tuple[str, int] = (plain_address(name[0]), name[1])
         # Bound methods of the socket itself: sending is the hottest line of the server.
         self.send = sock.send
         self.recv = sock.recv
 
+    @property
+    def local(self) -> tuple[str, int]:
+        if self._closed:
+            raise trio.ClosedResourceError
+        name = self._sock.getsockname()
+        return plain_address(name[0]), name[1]
+
     async def wait_readable(self) -> None:
         if self._closed:
             raise trio.ClosedResourceError
+        self._waited = True
         await trio.lowlevel.wait_readable(self._sock)
 
     async def wait_writable(self) -> None:
         if self._closed:
             raise trio.ClosedResourceError
+        self._waited = True
         await trio.lowlevel.wait_writable(self._sock)
 
     def unacknowledged(self) -> int | None:
@@ -189,7 +203,8 @@ class SocketWire:
         if not self._closed:
             if _LINUX:
                 self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(FAREWELL_SECONDS * 1000))
-            trio.lowlevel.notify_closing(self._sock)
+            if self._waited:
+                trio.lowlevel.notify_closing(self._sock)
             self._sock.close()
 
     def reset(self) -> None:
@@ -229,6 +244,12 @@ class SocketListener:
                 if self._sock.fileno() >= 0:
                     raise
                 # Closed between the wait and here: the next turn says so.
+
+    def accept_now(self) -> SocketWire | None:
+        try:
+            return SocketWire(*self._sock.accept())
+        except OSError:
+            return None
 
     def close(self) -> None:
         if self._sock.fileno() >= 0:

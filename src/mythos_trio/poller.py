@@ -14,12 +14,21 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Final
 
 import trio
+from attrs import define, field
 
 if TYPE_CHECKING:
     from mythos_trio.net import Wire
 
 # Wires that are told in one turn of the event loop; the kernel goes round among those that can be read.
 SLICE: Final = 64
+
+
+@define(eq=False)
+class _Watch:
+    """A wire that a task waits for."""
+
+    readable: Callable[[], None]
+    scope: trio.CancelScope = field(factory=trio.CancelScope)
 
 
 class Poller:
@@ -31,30 +40,34 @@ class Poller:
     def __init__(self, turn: AbstractContextManager[None, None] | None = None) -> None:
         self._turn = nullcontext() if turn is None else turn
         self._called: dict[int, Callable[[], None]] = {}
-        self._tasks: dict[Wire, trio.CancelScope] = {}
+        self._tasks: dict[Wire, _Watch] = {}
         self._nursery: trio.Nursery | None = None
         self._epoll: select.epoll | None = None
         self.now = 0.0
         """`trio.current_time` of this turn, for who is called in it: asking again is a tenth of what it does."""
 
     def watch(self, wire: Wire, readable: Callable[[], None]) -> None:
-        """Call *readable* whenever something can be received, or the wire is broken, until `forget`.
+        """Call *readable* whenever something can be received, or the wire is broken, until `forget`; instead of who
+        was called so far, if somebody was: the kernel then need not be told again.
 
         It is called again as long as that has not been received.
         """
         number = wire.fileno()
         if self._epoll is not None and number >= 0:
-            self._epoll.register(number, select.EPOLLIN)
+            if number not in self._called:
+                self._epoll.register(number, select.EPOLLIN)
             self._called[number] = readable
+        elif (watch := self._tasks.get(wire)) is not None:
+            watch.readable = readable
         elif self._nursery is not None:
-            scope = self._tasks[wire] = trio.CancelScope()
-            self._nursery.start_soon(self._watch, wire, readable, scope)
+            watch = self._tasks[wire] = _Watch(readable)
+            self._nursery.start_soon(self._watch, wire, watch)
 
     def forget(self, wire: Wire) -> None:
         """Before the wire is closed. Idempotent."""
-        scope = self._tasks.pop(wire, None)
-        if scope is not None:
-            scope.cancel()
+        watch = self._tasks.pop(wire, None)
+        if watch is not None:
+            watch.scope.cancel()
         elif self._called.pop(wire.fileno(), None) is not None and self._epoll is not None:
             self._epoll.unregister(wire.fileno())
 
@@ -83,14 +96,14 @@ class Poller:
                     if readable is not None:
                         readable()
 
-    async def _watch(self, wire: Wire, readable: Callable[[], None], scope: trio.CancelScope) -> None:
-        with scope, suppress(trio.ClosedResourceError):
-            while not scope.cancel_called:
+    async def _watch(self, wire: Wire, watch: _Watch) -> None:
+        with watch.scope, suppress(trio.ClosedResourceError):
+            while not watch.scope.cancel_called:
                 await wire.wait_readable()
-                if not scope.cancel_called:  # it may have been forgotten since
+                if not watch.scope.cancel_called:  # it may have been forgotten since
                     self.now = trio.current_time()
                     with self._turn:
-                        readable()
+                        watch.readable()
 
     def _close(self) -> None:
         self._called.clear()

@@ -239,7 +239,7 @@ class Server:
             max_message_size=settings.max_message_size,
             server_id=settings.server_id,
         )
-        sse = SSETransport(self.access, self.clock, server_id=settings.server_id)
+        sse = SSETransport(self.poller, self.access, self.clock, server_id=settings.server_id)
         posts = Posts(self.context, self.registrar, self.streams, self.access)
         handlers = Handlers(self.streams, self.registrar, posts, websocket, sse)
         return Front(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mythos_trio.connection import Connection
     from mythos_trio.http1 import Head
     from mythos_trio.link import Link
+    from mythos_trio.poller import Poller
     from mythos_trio.seams import Clock
 
 # How long a browser waits before it comes back by itself, unless it was told otherwise.
@@ -23,6 +24,7 @@ RETRY_MS: Final = 1000
 
 # What a client may say on its event stream, where nothing has a meaning.
 MAX_CHATTER: Final = 64 * 1024
+CHATTER_PIECE: Final = 4 * 1024
 
 _LEFT: Final = Close(1000, "the client left", ErrorType.CONNECTION)
 
@@ -37,13 +39,14 @@ class SSETransport:
     title = "SSE"
     framing = wire.SSE
 
-    def __init__(self, access: Access, clock: Clock, *, server_id: str) -> None:
+    def __init__(self, poller: Poller, access: Access, clock: Clock, *, server_id: str) -> None:
+        self._poller = poller
         self._access = access
         self._clock = clock
         self._server_id = server_id
 
     def channel(self, link: Link) -> SSEChannel:
-        return SSEChannel()
+        return SSEChannel(link, self._poller)
 
     def opening(self, head: Head) -> bytes:
         """The answer's head. No length and no chunks: the stream ends with the connection (RFC 9112,
@@ -90,15 +93,39 @@ class SSETransport:
 class SSEChannel:
     """An accepted event stream."""
 
-    def __init__(self) -> None:
+    __slots__ = ("_connection", "_link", "_most", "_poller", "left_with")
+
+    def __init__(self, link: Link, poller: Poller) -> None:
+        self._link = link
+        self._poller = poller
+        self._most = link.received_bytes + MAX_CHATTER
+        self._connection: Connection | None = None
         self.left_with: Close | None = None
 
     async def read(self, connection: Connection) -> None:
         """Until the client leaves. What it sends has no meaning here and is dropped, up to a bound."""
-        link = connection.link
-        most = link.received_bytes + MAX_CHATTER
-        while await link.receive_some():
-            if link.received_bytes > most:
-                connection.end(TOO_BIG)
-                return
-        self.left_with = _LEFT
+        link = self._link
+        self._connection = connection
+        link.take_all()
+        link.watch(self._poller, self._ready)
+        try:
+            while connection.over is None and link.ended is None and self.left_with is None:
+                await connection.bell.wait()
+        finally:
+            self._connection = None
+            link.unwatch()
+
+    def _ready(self) -> None:
+        """There is something to receive, or the end. In the poller's turn: nothing waits, and nothing escapes."""
+        link, connection = self._link, self._connection
+        if connection is None or connection.over is not None:
+            link.unwatch()  # the task has been cancelled
+            return
+        data = link.receive_now(CHATTER_PIECE, self._poller.now)
+        if data and link.received_bytes > self._most:
+            connection.end(TOO_BIG)
+        elif data == b"":
+            link.unwatch()
+            if link.ended is None:
+                self.left_with = _LEFT
+            connection.bell.ring()

@@ -64,7 +64,7 @@ class Channel(Protocol):
     """An accepted connection of one transport."""
 
     async def read(self, connection: Connection) -> None:
-        """Take what the client says, until it leaves."""
+        """Take what the client says, until it leaves, or the connection or its link is over."""
         ...
 
     @property
@@ -247,10 +247,9 @@ class Streams:
     async def _live(self, connection: Connection, channel: Channel, transport: Transport) -> None:
         """All of one connection's life, from its first words on."""
         try:
-            with connection.scope:
-                await self._read(channel, connection)
-                # It has left, as perhaps a thousand others have in this moment.
-                await self._turns.take(begun=True)
+            await self._read(channel, connection)
+            # It has left, or been ended, as perhaps a thousand others have in this moment.
+            await self._turns.take(begun=True)
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         except* Exception as group:
@@ -316,7 +315,7 @@ class Streams:
         link, transport = arrival.link, arrival.transport
         session.attach(connection)
         link.start = session.nursery.start_soon
-        link.on_end = connection.scope.cancel
+        link.on_end = connection.stop
         session.nursery.start_soon(
             self._live,
             connection,

@@ -29,12 +29,17 @@ class Turns:
     def waiting(self) -> int:
         return len(self._begun) + len(self._new)
 
+    def take_now(self) -> bool:
+        """Take a place in this turn, if there is one."""
+        if not self._left:
+            return False
+        self._left -= 1
+        self._taken.set()
+        return True
+
     async def take(self, *, begun: bool = False) -> None:
         """Take a place in this turn, or wait for one in a later turn."""
-        if self._left:
-            self._left -= 1
-            self._taken.set()
-        else:
+        if not self.take_now():
             await (self._begun if begun else self._new).park()
 
     async def run(self) -> None:

@@ -28,7 +28,6 @@ import trio
 from trio_websocket import ConnectionClosed, wrap_server_stream
 
 from mythos_trio import http1
-from mythos_trio.bell import Bell
 from mythos_trio.connection import MAX_REPLIES
 from mythos_trio.core import frames, wire
 from mythos_trio.core.errors import BINARY, Close, ErrorType, Refusal
@@ -119,7 +118,6 @@ class WebSocketChannel:
     """An accepted WebSocket."""
 
     __slots__ = (
-        "_bell",
         "_connection",
         "_error",
         "_left",
@@ -139,7 +137,6 @@ class WebSocketChannel:
         self._max_message_size = max_message_size
         self._most = min(SMALL, max_message_size)
         self._connection: Connection | None = None
-        self._bell = Bell()
         self._rest = b""
         """What has come and was not taken."""
         self._left = False
@@ -155,7 +152,7 @@ class WebSocketChannel:
         try:
             while await self._take_rest(connection):
                 link.watch(self._poller, self._ready)
-                await self._bell.wait()
+                await connection.bell.wait()
         finally:
             self._connection = None
             link.unwatch()
@@ -165,8 +162,8 @@ class WebSocketChannel:
     def _ready(self) -> None:
         """There is something to receive. What can be done without waiting is done, the rest is left to the task."""
         connection = self._connection
-        if connection is None or connection.over is not None:
-            self._link.unwatch()  # the task has been cancelled
+        if connection is None or connection.over is not None or self._link.ended is not None:
+            self._link.unwatch()  # its task ends
             return
         try:
             done = self._take_now(connection)
@@ -174,7 +171,7 @@ class WebSocketChannel:
             done, self._error = False, error
         if not done:
             self._link.unwatch()
-            self._bell.ring()
+            connection.bell.ring()
 
     def _take_now(self, connection: Connection) -> bool:
         data = self._link.receive_now(RECEIVE_BYTES, self._poller.now)
@@ -201,11 +198,13 @@ class WebSocketChannel:
 
     def _hear_now(self, connection: Connection, kind: int, payload: bytes) -> bool:
         """Take a frame, if nothing about it has to wait; whether that is so."""
-        if kind == frames.TEXT:
-            if connection.waiting_replies >= MAX_REPLIES:
-                return False
-            return self._streams.hear(connection, parse_payload(payload))
-        return kind != frames.CLOSE and not self._control(connection, kind, payload)
+        if kind != frames.TEXT:
+            # After the client's last one the link has ended, and that tells the task.
+            self._control(connection, kind, payload)
+            return True
+        if connection.waiting_replies >= MAX_REPLIES:
+            return False
+        return self._streams.hear(connection, parse_payload(payload))
 
     # In the connection's own task.
 
@@ -213,6 +212,12 @@ class WebSocketChannel:
         """Take all whole frames that have come, waiting where that is needed; whether there may be more."""
         if self._error is not None:
             raise self._error
+        if self._rest:
+            with connection.stoppable():
+                await self._take_frames(connection)
+        return connection.over is None and self._link.ended is None and not self._left
+
+    async def _take_frames(self, connection: Connection) -> None:
         data = self._rest
         at = taken = 0
         try:
@@ -220,18 +225,18 @@ class WebSocketChannel:
                 if frame[0] == frames.TEXT:
                     await self._hear(connection, frame[1])
                 elif self._control(connection, *frame[:2]):
-                    return False
+                    return
                 at, taken = frame[2], taken + 1
                 if at < len(data):
                     # Handlers run meanwhile: else commands that come together would find the queue full.
                     await trio.lowlevel.checkpoint()
         except Unusual:
             await self._take_over(connection, data[at:])
-            return False
+            self._left = True
+            return
         self._rest = data[at:]
         if taken:
             self._streams.count_frames(connection, taken)
-        return connection.over is None and not self._left
 
     async def _hear(self, connection: Connection, payload: bytes) -> None:
         try:

@@ -359,6 +359,13 @@ class MemoryListener:
         self.wires.append(wire)
         return wire
 
+    def accept_now(self) -> MemoryWire | None:
+        if self._failures or not self._waiting:
+            return None
+        wire = self._waiting.popleft()
+        self.wires.append(wire)
+        return wire
+
     def close(self) -> None:
         self.closed = True
         while self._waiting:

@@ -1,4 +1,4 @@
-"""The grace times of link-dead players, on virtual time."""
+"""Times of one length, for many: on virtual time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import trio
 from attrs import define, field
 from trio.testing import MockClock
 
-from mythos_trio.grace import Graces
+from mythos_trio.delays import Delays
 
 
 @define(eq=False)
@@ -24,10 +24,10 @@ began = 0.0
 
 
 @asynccontextmanager
-async def running(seconds: float) -> AsyncIterator[Graces]:
+async def running(seconds: float) -> AsyncIterator[Delays[Player]]:
     global began
     began = trio.current_time()
-    graces = Graces(seconds)
+    graces: Delays[Player] = Delays(seconds, Player.grace_over)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(graces.run)
         yield graces
