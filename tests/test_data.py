@@ -9,6 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from mythos_trio.game import Command, CommandError, Game, Player, World
+from mythos_trio.storage import StoreError
 from tests.support.play import play
 
 
@@ -41,6 +42,12 @@ class Arena(Game):
                 await trio.sleep(0.001)
                 player.world.data["count"] = count + 1
                 return count + 1
+            case ["stare"]:
+                seen = []
+                for _ in range(3):
+                    seen.append(player.world.data.get("sword"))
+                    await trio.sleep(0.01)
+                return seen
             case ["wait", seconds]:
                 player.after(float(seconds), "bell", {"n": 1})
                 return "ok"
@@ -59,6 +66,32 @@ class Arena(Game):
 
     async def on_world_timer(self, world: World, name: str, value: Any) -> None:
         world.send(value, "gong", name)
+
+
+async def test_what_is_seen_twice_is_seen_the_same_though_a_commit_fails(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """Between the looks another handler takes the sword, and its commit fails before the last look: the first and the
+    last look agree. Found by `test_serialisable`, seed 414140."""
+
+    async def hook(kind: str) -> None:
+        if kind == "write" and failing:
+            await trio.sleep(0.01)
+            raise StoreError("the disk would not")
+        await trio.lowlevel.checkpoint()
+
+    failing = False
+    async with play(tmp_path / "m.db", game=Arena(), hook=hook) as world:
+        ann, bob = await world.websocket("ann"), await world.websocket("bob")
+        await bob.say({"type": "command", "id": "t", "content": "take"})  # asks for the sword, and waits 10 ms
+        await trio.sleep(0.005)
+        await ann.say({"type": "command", "id": "s", "content": "stare"})
+        failing = True
+        taken = await bob.until_type("reply")
+        failing = False
+        stared = await ann.until_type("reply")
+        assert taken["error"]["error_type"] == "persistence_error"
+        assert stared["content"] == [None, None, None]
 
 
 async def test_one_sword_for_two(tmp_path: Path, autojump_clock: MockClock) -> None:

@@ -26,7 +26,7 @@ from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar
 import msgspec
 
 from mythos_trio.core import messages, names, wire
-from mythos_trio.core.data import PLAYER, Value, check_key, max_bytes, player_key
+from mythos_trio.core.data import PLAYER, TORN, Value, check_key, max_bytes, player_key
 from mythos_trio.core.errors import Refusal
 from mythos_trio.core.transaction import (
     MAX_EFFECT_BYTES,
@@ -559,7 +559,10 @@ class Gathering:
         # If another handler has finished since the first look, this one is run again when it ends: until then it
         # may see what it could not have seen together, but nothing of that counts.
         value = self._view.value(key)
-        self.reads.setdefault(key, value.version)
+        if self.reads.setdefault(key, value.version) != value.version:
+            # For good: what it saw second may be taken back by a commit that fails, and what it saw first is the
+            # newest again when it ends.
+            self.reads[key] = TORN
         return value.body
 
     def write_value(self, key: str, value: object) -> None:

@@ -71,6 +71,10 @@ class _Pending(Generic[Ticket]):
     ticket: Ticket
 
 
+# Instead of a version: different ones have been read. It is never that of a value.
+TORN: Final = -1
+
+
 class Data(Generic[Ticket]):
     """The newest values. A *ticket* is whatever tells one transaction from another."""
 
