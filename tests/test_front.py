@@ -6,6 +6,7 @@ import errno
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, cast
 
 import h11
@@ -18,7 +19,8 @@ from mythos_trio import front as front_module
 from mythos_trio.access import Access, Visitor
 from mythos_trio.config import Settings
 from mythos_trio.core.errors import ErrorType, busy
-from mythos_trio.front import HEAD_SECONDS, YIELD_AFTER, Front, Kind, route
+from mythos_trio.front import HEAD_SECONDS, SILENT_SECONDS, YIELD_AFTER, Front, Kind, Route, route
+from mythos_trio.front import Door as LetIn
 from mythos_trio.http1 import Head, parse_head, read_body, response
 from mythos_trio.hub import Hub
 from mythos_trio.kept import ANSWER_SECONDS, IDLE_SECONDS, Asker
@@ -53,12 +55,22 @@ class Fakes:
         self.taken: list[bytes] = []
         self.askers: list[Asker] = []
         self.crash: Callable[[Link], Awaitable[None]] | None = None
+        self.let_in: Callable[[Link, LetIn], None] | None = None
+        """What is done with a stream that needs no task; None: they all do."""
 
     async def websocket(self, link: Link, head: Head, visitor: Visitor, player: str) -> None:
         await self._stream("websocket", link, player)
 
     async def sse(self, link: Link, head: Head, visitor: Visitor, player: str) -> None:
         await self._stream("sse", link, player)
+
+    def arrive(self, to: Route, link: Link, head: Head, visitor: Visitor, door: LetIn) -> None:
+        kind, player = to.kind.name.lower(), to.player or ""
+        if self.let_in is None:
+            door.start(partial(self._stream, kind, link, player))
+            return
+        self.asked.append((kind, player))
+        self.let_in(link, door)
 
     async def _stream(self, kind: str, link: Link, player: str) -> None:
         self.asked.append((kind, player))
@@ -140,6 +152,7 @@ class Door:
     async def serve(self) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._poller.run)
+            nursery.start_soon(self.front.keep_times)
             await self.front.serve(self.listener)
             nursery.cancel_scope.cancel()
         self.ended.set()
@@ -952,3 +965,116 @@ async def test_cancelled_it_closes_everything_at_once(settings: Settings, log: L
     assert len(door.listener.wires) == 2 + 50 + 1
     assert door.listener.open_wires == []
     assert door.listener.closed
+
+
+# Streams that are let in without a task.
+
+STREAM = raw("GET /ws/alice HTTP/1.1", *UPGRADE)
+
+
+async def test_a_plain_stream_is_handed_over_without_a_task(door: Door) -> None:
+    def let_in(link: Link, at: LetIn) -> None:
+        assert link.try_send(b"yours now")
+        door.fakes.links.append(link)
+        at.handed_over()
+
+    door.fakes.let_in = let_in
+    client = door.connect(STREAM + b"early frame")
+    assert await client.receive_until(b"now") == b"yours now"
+    assert door.fakes.asked == [("websocket", "alice")]
+    (link,) = door.fakes.links
+    assert (door.ledger.links[link].owner, door.front.handshakes) == (None, 0)
+    assert link.take_all() == b"early frame"
+    link.close()
+    assert not door.ledger.links
+
+
+async def test_what_comes_while_it_is_being_let_in_waits(door: Door, autojump_clock: MockClock) -> None:
+    waiting: list[tuple[Link, LetIn]] = []
+    door.fakes.let_in = lambda link, at: waiting.append((link, at))
+    client = door.connect(STREAM)
+    await trio.testing.wait_all_tasks_blocked()
+    ((link, at),) = waiting
+    await client.send_all(b"more")
+    await trio.sleep(2 * SILENT_SECONDS)
+    assert (link.unread(), link.closed) == (4, False)
+
+    async def go_on() -> None:
+        assert await link.receive_some() == b"more"
+        await link.send_all(b"now")
+
+    at.start(go_on)
+    assert await client.receive_until(b"now") == b"now"
+    at.start(go_on)  # it is through
+    await trio.testing.wait_all_tasks_blocked()
+    link.close()
+
+
+async def test_a_crash_without_a_task_is_500(door: Door) -> None:
+    def let_in(link: Link, at: LetIn) -> None:
+        raise RuntimeError("a bug")
+
+    door.fakes.let_in = let_in
+    (answer,) = await door.ask(STREAM)
+    assert (answer.status, door.log.count("Request crashed")) == (500, 1)
+    assert not door.ledger.links
+
+
+async def test_a_head_in_pieces_gets_a_task(door: Door, autojump_clock: MockClock) -> None:
+    began = trio.current_time()
+    client = door.connect(STREAM[:30])
+    await trio.sleep(HEAD_SECONDS / 2)
+    await client.send_all(STREAM[30:])
+    assert await client.receive_until(b"now") == b"yours now"
+    assert trio.current_time() - began < HEAD_SECONDS
+    door.fakes.links[0].close()
+
+
+@pytest.mark.parametrize("first", [b"", b"GET /ws/al"])
+async def test_who_does_not_speak_has_ten_seconds_in_all(door: Door, first: bytes, autojump_clock: MockClock) -> None:
+    began = trio.current_time()
+    client = door.connect(first)
+    await trio.sleep(SILENT_SECONDS / 2)
+    await client.receive_all()
+    assert trio.current_time() - began == pytest.approx(HEAD_SECONDS, abs=1.1)
+
+
+async def test_who_leaves_without_a_word_leaves_nothing(door: Door) -> None:
+    client = door.connect(eof=True)
+    assert await client.receive_all() == b""
+    await trio.testing.wait_all_tasks_blocked()
+    assert not door.ledger.links
+    assert door.front.handshakes == 0
+
+
+async def test_the_door_closes_behind_those_who_are_being_let_in(door: Door) -> None:
+    waiting: list[tuple[Link, LetIn]] = []
+    door.fakes.let_in = lambda link, at: waiting.append((link, at))
+    client, silent = door.connect(STREAM), door.connect()
+    await trio.testing.wait_all_tasks_blocked()
+    door.front.stop_accepting()
+    silent.wire.close()
+    await trio.testing.wait_all_tasks_blocked()
+    assert not door.ended.is_set()
+    ((link, at),) = waiting
+    link.close()
+    at.handed_over()
+    await door.ended.wait()
+    assert await client.receive_all() == b""
+
+
+async def test_a_hard_end_closes_who_is_being_let_in(settings: Settings) -> None:
+    door = Door(settings, Log())
+    waiting: list[tuple[Link, LetIn]] = []
+    door.fakes.let_in = lambda link, at: waiting.append((link, at))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(door.serve)
+        client, silent = door.connect(STREAM), door.connect()
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    ((link, at),) = waiting
+    assert link.closed
+    at.crashed(RuntimeError("nobody is told any more"))
+    at.handed_over()
+    assert [await stream.receive_all() for stream in (client, silent)] == [b"", b""]
+    assert not door.ledger.links

@@ -3,6 +3,10 @@
 WebSockets, event streams and the POSTs that want to be fast are answered by our own handlers on the
 link; everything else goes to the Quart app over Hypercorn (`mythos_trio.bridge`), one request per
 connection. What is wrong with a request is answered here, in the error format of all planes.
+
+A connection that begins with the whole and plain head of a stream, as nearly all that come to play do, is let in by
+plain calls of the poller's and the dispatcher's (`_Newcomer`), without a task of its own and its deadlines. Everything
+else gets a task (`Front._connection`), which reads, judges and answers.
 """
 
 from __future__ import annotations
@@ -11,16 +15,20 @@ import base64
 import binascii
 import os
 import re
+from collections.abc import Awaitable, Callable
 from enum import Enum, auto
+from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 from attrs import define, field, frozen
 
 from mythos_trio import logs
+from mythos_trio.bell import Bell
 from mythos_trio.core import names
 from mythos_trio.core.errors import BUSY, FAULT, ErrorType, Refusal
-from mythos_trio.http1 import Head, HttpRefusal, read_head, refuse, refused, response
+from mythos_trio.delays import Delays
+from mythos_trio.http1 import MAX_HEAD, Head, HttpRefusal, plain_head, read_head, refuse, refused, response
 from mythos_trio.kept import Asker, Kept
 from mythos_trio.ledger import IDLE, LAST_WORDS, REQUEST, Ledger, Tended
 from mythos_trio.link import Link
@@ -39,6 +47,10 @@ ACCEPT_PAUSE: Final = 0.1
 # With CONNECTION_POOL_SIZE handshakes under way, the oldest makes room if it has had this long: else
 # as many clients that send nothing would shut everybody else out for HEAD_SECONDS.
 YIELD_AFTER: Final = 1.0
+# Who has not said a whole head by then gets a task, which waits for the rest of HEAD_SECONDS.
+SILENT_SECONDS: Final = 0.5
+# Connections that are accepted before other tasks run.
+ACCEPT_AT_ONCE: Final = 16
 # An episode of trouble is over when it has not shown itself for so long.
 EPISODE_SECONDS: Final = 5.0
 # How much of a path is logged.
@@ -50,6 +62,22 @@ APP_METHODS: Final = "GET, HEAD, POST, DELETE, OPTIONS"
 _POSTS: Final = re.compile(r"/api/messages|/api/connections/[^/]+/(commands|ack)")
 
 
+class Door(Protocol):
+    """What the front door does for a connection that is let in without a task."""
+
+    def handed_over(self) -> None:
+        """The link is somebody else's."""
+        ...
+
+    def start(self, call: Callable[[], Awaitable[None]], /) -> None:
+        """Go on in a task: something has to wait. When it returns the link is closed or somebody else's."""
+        ...
+
+    def crashed(self, error: Exception, /) -> None:
+        """*error* has escaped, where no task could be told."""
+        ...
+
+
 class Handlers(Protocol):
     """Who answers what the front door does not give to the Quart app."""
 
@@ -59,6 +87,11 @@ class Handlers(Protocol):
 
     async def sse(self, link: Link, head: Head, visitor: Visitor, player: str, /) -> None:
         """A GET. When it returns the link is closed or somebody else's."""
+        ...
+
+    def arrive(self, to: Route, link: Link, head: Head, visitor: Visitor, door: Door, /) -> None:
+        """A valid request for a stream, as above: let the client in by plain calls, and tell *door* when that is done.
+        Where something has to wait that is done in a task of *door*."""
         ...
 
     async def post(self, link: Link, head: Head, visitor: Visitor, /) -> bool:
@@ -152,11 +185,46 @@ def check_upgrade(head: Head) -> None:
 
 
 @define(eq=False)
-class _Handshake:
-    """A connection whose first head has not come in full. *began*: `trio.current_time`."""
+class _Doorway:
+    """Where connections come in: one listener's. It is left when the last one is through."""
 
+    nursery: trio.Nursery
+    newcomers: dict[_Newcomer, None] = field(factory=dict)
+    """Those without a task."""
+    fewer: Bell = field(factory=Bell)
+
+
+@define(eq=False)
+class _Newcomer:
+    """A connection whose first head has not come in full, or that is being let in (`Door`). *began*:
+    `trio.current_time`."""
+
+    front: Front
+    doorway: _Doorway
+    tended: Tended
     began: float
-    scope: trio.CancelScope = field(factory=trio.CancelScope)
+    head: Head | None = None
+    """Of the stream that it is being let in to."""
+    scope: trio.CancelScope | None = None
+    """Of its task, while that reads the first head."""
+
+    def hear(self) -> None:
+        """Something has come, or the end: in the poller's turn."""
+        self.front.hear(self)
+
+    # As `Door`.
+
+    def handed_over(self) -> None:
+        self.front.leave(self)
+
+    def start(self, call: Callable[[], Awaitable[None]]) -> None:
+        self.front.go_on(self, call)
+
+    def crashed(self, error: Exception) -> None:
+        async def crash() -> None:
+            raise error
+
+        self.front.go_on(self, crash)
 
 
 @define
@@ -205,8 +273,9 @@ class Front:
         self._stopped = False
         self._draining = False
         # In the order they began.
-        self._handshakes: dict[_Handshake, None] = {}
-        self._room = trio.Event()
+        self._handshakes: dict[_Newcomer, None] = {}
+        self._silent: Delays[_Newcomer] = Delays(SILENT_SECONDS, lambda newcomer: self._tend(newcomer, b""))
+        self._room: trio.Event | None = None
         self._idle: dict[Kept, None] = {}
         """Kept connections that wait for a request. The first has waited longest."""
         self._answering = 0
@@ -250,17 +319,28 @@ class Front:
         Connections that were not handed on live in this call, and end with it.
         """
         self._listeners.append(listener)
+        doorway = None
         try:
             async with trio.open_nursery() as nursery:
+                doorway = _Doorway(nursery)
                 while not self._stopped and (wire := await self._accept(listener)) is not None:
                     try:
                         await self._wait_room()
                     except trio.Cancelled:
                         wire.close()
                         raise
-                    self._admit(wire, nursery)
+                    self._admit(wire, doorway)
+                    self._admit_waiting(listener, doorway)
+                await self._wait_through(doorway)
         finally:
             listener.close()
+            for newcomer in [] if doorway is None else list(doorway.newcomers):
+                newcomer.tended.link.close()
+                self.leave(newcomer)
+
+    async def keep_times(self) -> None:
+        """Give a task to each who was accepted and does not speak. Runs until it is cancelled."""
+        await self._silent.run()
 
     # Accepting.
 
@@ -298,54 +378,188 @@ class Front:
                     setting="CONNECTION_POOL_SIZE",
                 )
             oldest = next(iter(self._handshakes))
+            if self._room is None:
+                self._room = trio.Event()
             with trio.move_on_at(oldest.began + YIELD_AFTER) as scope:
                 await self._room.wait()
             if scope.cancelled_caught and oldest in self._handshakes:
-                oldest.scope.cancel()
-                self._end_handshake(oldest)
+                self._make_way(oldest)
         self._crowded.end()
 
-    def _admit(self, wire: Wire, nursery: trio.Nursery) -> None:
-        link = Link(wire, write_timeout=self._settings.write_timeout, start=nursery.start_soon)
-        handshake = _Handshake(trio.current_time())
-        self._handshakes[handshake] = None
+    def _admit(self, wire: Wire, doorway: _Doorway) -> None:
+        link = Link(wire, write_timeout=self._settings.write_timeout, start=doorway.nursery.start_soon)
         tended = self._ledger.admit(link)
-        nursery.start_soon(self._connection, tended, handshake, name=f"connection from {wire.peer}:{wire.peer_port}")
+        newcomer = tended.owner = _Newcomer(self, doorway, tended, tended.since)
+        self._handshakes[newcomer] = doorway.newcomers[newcomer] = None
+        self._silent.begin(newcomer)
+        if link.try_watch(self._poller, newcomer.hear) is not None:
+            self._tend(newcomer, b"")
 
-    def _end_handshake(self, handshake: _Handshake) -> None:
-        if handshake in self._handshakes:
-            del self._handshakes[handshake]
-            self._room.set()
-            self._room = trio.Event()
+    def _admit_waiting(self, listener: Listener, doorway: _Doorway) -> None:
+        """Those who came with the one that was waited for: to wait for each costs as much as to accept it."""
+        for _ in range(ACCEPT_AT_ONCE - 1):
+            if self._stopped or len(self._handshakes) >= self._settings.connection_pool_size:
+                return
+            wire = listener.accept_now()
+            if wire is None:
+                return
+            self._admit(wire, doorway)
 
-    # One connection.
+    async def _wait_through(self, doorway: _Doorway) -> None:
+        """Nobody comes any more: until all are through that have come."""
+        for newcomer in list(doorway.newcomers):
+            if newcomer.head is None:
+                self._tend(newcomer, b"")
+        while doorway.newcomers:
+            await doorway.fewer.wait()
 
-    async def _connection(self, tended: Tended, handshake: _Handshake) -> None:
+    def _end_handshake(self, newcomer: _Newcomer) -> None:
+        if newcomer in self._handshakes:
+            del self._handshakes[newcomer]
+            if self._room is not None:
+                self._room.set()
+                self._room = None
+
+    def _make_way(self, newcomer: _Newcomer) -> None:
+        """It has had its time, and others wait."""
+        if newcomer.scope is not None:
+            newcomer.scope.cancel()
+            self._end_handshake(newcomer)
+        else:
+            newcomer.tended.link.reset(BUSY, by="server")
+            self.leave(newcomer)
+
+    # One connection without a task.
+
+    def hear(self, newcomer: _Newcomer) -> None:
+        """What a newcomer says first has come, or its end. Nothing escapes."""
+        link = newcomer.tended.link
+        if newcomer.head is not None:
+            # It sends on, or leaves, before it has been let in: one thing after the other.
+            link.unwatch()
+            return
+        data = link.receive_now(MAX_HEAD, self._poller.now)
+        if data is None:
+            return
+        if not data:
+            link.close()
+            self.leave(newcomer)
+            return
+        try:
+            if not self._lets_in(newcomer, data):
+                self._tend(newcomer, data)
+        except Refusal:
+            self._tend(newcomer, data)  # nothing has been done: its task comes to the same end, and says it
+        except Exception as error:
+            newcomer.crashed(error)
+
+    def _lets_in(self, newcomer: _Newcomer, data: bytes) -> bool:
+        """Whether a newcomer's first words are of the kind that needs no task; then it is being let in."""
+        if not data.startswith((b"GET /ws/", b"GET /sse/")) or (found := plain_head(data)) is None:
+            return False
+        head, rest = found
+        tended = newcomer.tended
+        visitor = self._access.check(head, tended.link.peer)
+        to = route(head)
+        if to.player is None:
+            return False
+        self._silent.end(newcomer)
+        self._end_handshake(newcomer)
+        tended.link.push_back(rest)
+        tended.at(REQUEST, self._poller.now)
+        newcomer.head = head
+        self._answering += 1
+        self._handlers.arrive(to, tended.link, head, visitor, newcomer)
+        return True
+
+    def leave(self, newcomer: _Newcomer) -> None:
+        """It is somebody else's, or closed."""
+        if newcomer not in newcomer.doorway.newcomers:
+            return  # the server has stopped
+        self._let_go(newcomer)
+        self._end_handshake(newcomer)
+        self._ledger.hand_on(newcomer.tended)
+        if newcomer.head is not None:
+            self._leave_request()
+
+    def _let_go(self, newcomer: _Newcomer) -> None:
+        self._silent.end(newcomer)
+        newcomer.doorway.newcomers.pop(newcomer, None)
+        newcomer.doorway.fewer.ring()
+
+    def _tend(self, newcomer: _Newcomer, begun: bytes) -> None:
+        """Have a task read the first head, of which *begun* has come."""
+        self._let_go(newcomer)
+        newcomer.tended.link.unwatch()
+        newcomer.scope = trio.CancelScope()
+        self._start(newcomer, self._connection, newcomer, begun)
+
+    def go_on(self, newcomer: _Newcomer, call: Callable[[], Awaitable[None]]) -> None:
+        """Have a task let it in, or turn it down."""
+        if newcomer not in newcomer.doorway.newcomers:
+            return  # the server has stopped
+        self._let_go(newcomer)
+        newcomer.tended.link.unwatch()
+        self._start(newcomer, self._go_on, newcomer, call)
+
+    def _start(self, newcomer: _Newcomer, function: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        link = newcomer.tended.link
+        newcomer.doorway.nursery.start_soon(function, *arguments, name=f"connection from {link.peer}:{link.peer_port}")
+
+    # One connection with a task.
+
+    async def _go_on(self, newcomer: _Newcomer, call: Callable[[], Awaitable[None]]) -> None:
+        async def serve() -> _Then:
+            await call()
+            return _Then.FORGET
+
+        tended, head = newcomer.tended, newcomer.head
+        assert head is not None  # for the type checker: nobody is let in before
+        tended.owner = trio.lowlevel.current_task()
+        then = _Then.CLOSE
+        try:
+            then = await self._answer(tended.link, head, serve)
+            await self._say_last(tended, then)
+        finally:
+            self._part(tended, then)
+
+    async def _connection(self, newcomer: _Newcomer, begun: bytes) -> None:
+        tended = newcomer.tended
         link = tended.link
-        tended.task = trio.lowlevel.current_task()
+        tended.owner = trio.lowlevel.current_task()
         kept = Kept(tended, self, self._poller, self._clock)
         then = _Then.CLOSE
         try:
-            head = await self._first_head(link, handshake)
+            head = await self._first_head(newcomer, begun)
             while head is not None:
                 tended.at(REQUEST)
-                then = await self._answer(kept, head)
+                self._answering += 1
+                then = await self._answer(link, head, partial(self._serve, kept, head))
                 tended.at(IDLE)
                 head = await self._next_head(kept) if then is _Then.NEXT else None
-            if then is not _Then.FORGET and link.sent_bytes:
-                tended.at(LAST_WORDS)
-                await link.linger()  # so that the client gets the last answer
+            await self._say_last(tended, then)
         finally:
-            self._end_handshake(handshake)
-            if then is not _Then.FORGET:
-                link.close()
-            self._ledger.hand_on(tended)
+            self._end_handshake(newcomer)
+            self._part(tended, then)
 
-    async def _first_head(self, link: Link, handshake: _Handshake) -> Head | None:
+    async def _say_last(self, tended: Tended, then: _Then) -> None:
+        """Let the client take the last answer."""
+        if then is not _Then.FORGET and tended.link.sent_bytes:
+            tended.at(LAST_WORDS)
+            await tended.link.linger()
+
+    def _part(self, tended: Tended, then: _Then) -> None:
+        if then is not _Then.FORGET:
+            tended.link.close()
+        self._ledger.hand_on(tended)
+
+    async def _first_head(self, newcomer: _Newcomer, begun: bytes) -> Head | None:
         """The first request's head. None: there is none, or it was refused."""
-        with handshake.scope:
-            head = await self._read_head(link)
-            self._end_handshake(handshake)
+        link, scope = newcomer.tended.link, newcomer.scope
+        assert scope is not None  # for the type checker: its task was started with one
+        with scope:
+            head = await self._read_head(link, begun, newcomer.began)
+            self._end_handshake(newcomer)
             return head
         link.reset(BUSY, by="server")  # it has to make room
         return None
@@ -387,9 +601,9 @@ class Front:
     def wakes(self, kept: Kept) -> None:
         self._idle.pop(kept, None)
 
-    async def _read_head(self, link: Link, begun: bytes = b"") -> Head | None:
+    async def _read_head(self, link: Link, begun: bytes, since: float | None = None) -> Head | None:
         try:
-            return await read_head(link, timeout=HEAD_SECONDS, begun=begun)
+            return await read_head(link, timeout=HEAD_SECONDS, begun=begun, since=since)
         except Refusal as refusal:
             await self._refuse(link, refusal, None)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -398,13 +612,11 @@ class Front:
 
     # One request.
 
-    async def _answer(self, kept: Kept, head: Head) -> _Then:
+    async def _answer(self, link: Link, head: Head, serve: Callable[[], Awaitable[_Then]]) -> _Then:
         """Have *head* answered. What a handler lets escape ends here, with this one connection."""
-        link = kept.tended.link
         sent = link.sent_bytes
-        self._answering += 1
         try:
-            return await self._serve(kept, head)
+            return await serve()
         except Refusal as refusal:
             await self._refuse(link, refusal, head)
         except BaseExceptionGroup as group:

@@ -29,10 +29,10 @@ from mythos_trio.core.transaction import (
     SetTimer,
     Transaction,
 )
+from mythos_trio.delays import Delays
 from mythos_trio.dispatcher import refusal_of
 from mythos_trio.game import WORLD, CommandError, Game, GameError, Gathering, Health, Player, World, never_waits
 from mythos_trio.game import Presence as PresenceText
-from mythos_trio.delays import Delays
 from mythos_trio.storage import SessionRow
 from mythos_trio.timers import TimerClock
 

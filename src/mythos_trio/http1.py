@@ -122,18 +122,20 @@ class Head:
         return self.raw.replace(b" " + target + b" ", b" " + origin + b" ", 1)
 
 
-async def read_head(link: Link, *, limit: int = MAX_HEAD, timeout: float, begun: bytes = b"") -> Head | None:
+async def read_head(
+    link: Link, *, limit: int = MAX_HEAD, timeout: float, begun: bytes = b"", since: float | None = None
+) -> Head | None:
     """Read a request's head, leaving what follows it to be received.
 
-    *begun* has been received already. *timeout* seconds for the rest. None: nothing came, or the end. Refusal: with
-    the status to be answered.
+    *begun* has been received already. *timeout* seconds for the rest, or from *since* on. None: nothing came, or the
+    end. Refusal: with the status to be answered.
     """
     end = _find_end(begun, limit)
     if end is not None:  # as nearly always: it comes in one piece
         link.push_back(begun[end:])
         return parse_head(begun[:end])
     data = bytearray(begun)
-    with trio.move_on_after(timeout) as scope:
+    with trio.move_on_at((trio.current_time() if since is None else since) + timeout) as scope:
         while (end := _find_end(data, limit)) is None:
             more = await link.receive_some(limit)
             if not more and not data:
@@ -147,6 +149,16 @@ async def read_head(link: Link, *, limit: int = MAX_HEAD, timeout: float, begun:
         raise HttpRefusal(408, f"the request head took longer than {timeout:g} seconds")
     link.push_back(bytes(data[end:]))
     return parse_head(bytes(data[:end]))
+
+
+def plain_head(data: bytes) -> tuple[Head, bytes] | None:
+    """The head that *data* begins with, if it is here whole and of the plain kind, and what stands behind it. May
+    raise a refusal, as `parse_head`."""
+    end = data.find(b"\r\n\r\n") + 4
+    if end < 4:
+        return None
+    head = _parse_plain(data[:end])
+    return None if head is None else (head, data[end:])
 
 
 def _find_end(data: bytes | bytearray, limit: int) -> int | None:

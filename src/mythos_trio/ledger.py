@@ -61,6 +61,7 @@ PARTS: Final = frozenset(
         "grace times",
         "bridge",
         "front door",
+        "newcomers",
         "background of the game",
         "deadlines of handlers",
     }
@@ -93,13 +94,14 @@ _REGISTRAR: Final = frozenset(
 class Tended:
     """A link, from its acceptance until it is closed and its task has ended. *since*: `trio.current_time`.
 
-    *task* is the front door's, as long as the link is the front door's; then it is a connection's.
+    *owner* is a task of the front door, or what the front door has instead of one, as long as the link is the front
+    door's; then it is a connection's.
     """
 
     link: Link
     stage: str = HANDSHAKE
     since: float = field(factory=trio.current_time)
-    task: trio.lowlevel.Task | None = None
+    owner: object = None
 
     def at(self, stage: str, since: float | None = None) -> None:
         self.stage = stage
@@ -206,19 +208,19 @@ class Ledger:
     # Links: one entry each.
 
     def admit(self, link: Link) -> Tended:
-        """A link was accepted: it is known until it is closed, and no task of the front door has it."""
+        """A link was accepted: it is known until it is closed, and the front door has done with it."""
         tended = self.links[link] = Tended(link)
         link.on_closed = self._closed
         return tended
 
     def _closed(self, link: Link) -> None:
         tended = self.links.get(link)
-        if tended is not None and tended.task is None:
+        if tended is not None and tended.owner is None:
             del self.links[link]
 
     def hand_on(self, tended: Tended) -> None:
         """The front door has done with it."""
-        tended.task = None
+        tended.owner = None
         tended.at(HANDED_ON)
         if tended.link.closed:
             self.links.pop(tended.link, None)
@@ -379,7 +381,7 @@ class Ledger:
 
     def _why_ownerless(self, tended: Tended, attached: bool, now: float) -> str | None:
         link = tended.link
-        if tended.task is not None:
+        if tended.owner is not None:
             late = now - tended.since - self.bounds.of(tended.stage)
             return None if late < SETTLE_SECONDS else f"in the stage {tended.stage!r} for too long"
         if link.lingers_until is not None:
@@ -427,7 +429,7 @@ class Ledger:
             yield Leak("task", ("task", _WATCH), _WATCH, f"{waiting} wait where {held} may wait")
 
     def _front_tasks(self, part: trio.lowlevel.Task) -> Iterator[Leak | None]:
-        tending = {tended.task for tended in self.links.values()}
+        tending = {tended.owner for tended in self.links.values()}
         for task in _children(part):
             yield None
             if task not in tending and task.name != _FLUSH:

@@ -351,13 +351,17 @@ class Link(trio.abc.HalfCloseableStream):
     def watch(self, poller: Poller, readable: Callable[[], None]) -> None:
         """Have *readable* called when something has come (`receive_now`), or the end, until `unwatch`: so that no
         task has to wait for it. It is not called for what was pushed back."""
-        if not self._closed:
-            try:
-                poller.watch(self._wire, readable)
-            except OSError as error:  # the kernel watches no more (fs.epoll.max_user_watches, memory)
-                self._break(error)
-            else:
-                self._poller = poller
+        if not self._closed and (error := self.try_watch(poller, readable)) is not None:
+            self._break(error)
+
+    def try_watch(self, poller: Poller, readable: Callable[[], None]) -> OSError | None:
+        """As `watch`, of an open link; why not, if the kernel watches no more (fs.epoll.max_user_watches, memory)."""
+        try:
+            poller.watch(self._wire, readable)
+        except OSError as error:
+            return error
+        self._poller = poller
+        return None
 
     def unwatch(self) -> None:
         """Idempotent; closing does it too."""

@@ -42,6 +42,7 @@ from mythos_trio.core.transaction import (
     Transaction,
     Unsubscribe,
 )
+from mythos_trio.delays import Delays
 from mythos_trio.dispatcher import Submission, raise_if_refused
 from mythos_trio.handlers import Context, LeaveOwed, draining, pay_leave
 from mythos_trio.session import LiveSession, Why
@@ -78,6 +79,8 @@ class _Change:
     """It takes too long: who waits is told to try again; it goes on by itself."""
     error: Refusal | None = None
     result: object = None
+    transaction: Transaction | None = None
+    """Of an admission."""
 
     def tell_late(self) -> None:
         self.late = True
@@ -113,6 +116,7 @@ class Registrar:
         # The last `on_leave` that is being run for a player: the next one, and the handlers of the
         # player's next session, come after it.
         self._leaving: dict[str, trio.Event] = {}
+        self._patience: Delays[_Change] = Delays(COMMIT_SECONDS, self._give_up)
         context.switch = self._switch_for_handler
 
     @property
@@ -129,7 +133,7 @@ class Registrar:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
-            await trio.sleep_forever()
+            await self._patience.run()
 
     # Asking.
 
@@ -138,14 +142,14 @@ class Registrar:
 
         It `accepts` connections as long as the caller does not wait. Raises a refusal with the close code to tell.
         """
-        session = self._joinable(player_id, wanted)
+        session = self.joinable(player_id, wanted)
         if session is None and not self._is_here(player_id) and self._store_is_quick():
             # The usual way in: one commit, which has its own deadline.
             await self._admit(player_id, wanted)
-            session = self._joinable(player_id, wanted)
+            session = self.joinable(player_id, wanted)
         return await self._join_in_turn(player_id, wanted) if session is None else session
 
-    def _joinable(self, player_id: str, wanted: str | None) -> LiveSession | None:
+    def joinable(self, player_id: str, wanted: str | None) -> LiveSession | None:
         """The player's live session if it can be joined in this moment; raises a refusal if none can be."""
         if self._context.draining:
             raise draining()
@@ -155,13 +159,26 @@ class Registrar:
             return None
         return session if session.accepts else None
 
+    def admit(self, player_id: str, wanted: str | None, then: Callable[[Callable[[], None]], None]) -> bool:
+        """Have the player's current session go on, or the first one begin, in the writer's next commit.
+
+        *then* is called when that is done, or has come to nothing, or takes too long, with a function that raises the
+        refusal if there is one. It must not raise. False: this is not the way in just now.
+        """
+        if self._is_here(player_id) or not self._store_is_quick() or not self._context.dispatcher.has_room:
+            return False
+        change = self._begin_change(player_id)
+        self._submit_admission(player_id, wanted, change)
+        change.answered.then(partial(then, change.check))
+        return True
+
     def _is_here(self, player_id: str) -> bool:
         return player_id in self._hub.sessions or player_id in self._changes
 
     async def _join_in_turn(self, player_id: str, wanted: str | None) -> LiveSession:
         """After what has to come first: a change that is under way, the end of a session, a switch."""
         with trio.move_on_after(JOIN_SECONDS):
-            while (joinable := self._joinable(player_id, wanted)) is None:
+            while (joinable := self.joinable(player_id, wanted)) is None:
                 session = self._hub.sessions.get(player_id)
                 if player_id in self._changes:
                     await self._wait_change(player_id)
@@ -294,6 +311,7 @@ class Registrar:
 
     def _end_change(self, player_id: str, change: _Change) -> None:
         del self._changes[player_id]
+        self._patience.end(change)
         change.done.set()
         change.answered.set()
 
@@ -320,23 +338,30 @@ class Registrar:
     async def _admit(self, player_id: str, wanted: str | None) -> None:
         """Let the current session go on, or begin the first one, in one trip through the writer."""
         change = self._begin_change(player_id)
-        transaction = Transaction(admit=self._new_admit(player_id, wanted))
         try:
             await self._context.dispatcher.wait_room()
-            self._context.dispatcher.submit_nowait(transaction, partial(self._admitted, change))
+            self._submit_admission(player_id, wanted, change)
         except BaseException:
             self._end_change(player_id, change)
             raise
         try:
-            with trio.move_on_after(COMMIT_SECONDS):
-                await change.answered.wait()
+            await change.answered.wait()
         finally:
-            # When it is done, `answered` is the session's `ready`, and only the session may say that.
-            if not change.answered.is_set() and not change.done.is_set():
-                # It is taken back, if the writer has not begun with it.
-                transaction.abandoned = True
-                change.tell_late()
+            self._give_up(change)
         change.check()
+
+    def _submit_admission(self, player_id: str, wanted: str | None, change: _Change) -> None:
+        change.transaction = Transaction(admit=self._new_admit(player_id, wanted))
+        self._context.dispatcher.submit_nowait(change.transaction, partial(self._admitted, change))
+        self._patience.begin(change)
+
+    def _give_up(self, change: _Change) -> None:
+        """Nobody waits for an admission any more: it is taken back, if the writer has not begun with it."""
+        self._patience.end(change)
+        # When it is done, `answered` is the session's `ready`, and only the session may say that.
+        if change.transaction is not None and not change.answered.is_set() and not change.done.is_set():
+            change.transaction.abandoned = True
+            change.tell_late()
 
     def _new_admit(self, player_id: str, wanted: str | None) -> Admit:
         presence = self._arrival()
@@ -383,6 +408,7 @@ class Registrar:
             # Who has asked is woken when connections can be taken, and not before.
             session.ready = change.answered
         del self._changes[row.player_id]
+        self._patience.end(change)
         change.done.set()
         self._begin_living(session)
         if begun:

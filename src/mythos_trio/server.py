@@ -17,6 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -31,7 +32,7 @@ from mythos_trio.config import Settings, sqlite_path
 from mythos_trio.core.errors import DRAIN, ErrorType
 from mythos_trio.core.rates import return_ms
 from mythos_trio.dispatcher import Dispatcher, Failure
-from mythos_trio.front import HEAD_SECONDS, Front
+from mythos_trio.front import HEAD_SECONDS, Door, Front, Kind, Route
 from mythos_trio.game import Game, load_game
 from mythos_trio.garbage import Garbage
 from mythos_trio.handlers import Background, Context, GameRunner, WorldTimers
@@ -93,11 +94,26 @@ class Handlers:
         await self._streams.serve(link, head, visitor, player, self._websocket)
 
     async def sse(self, link: Link, head: Head, visitor: Visitor, player: str) -> None:
-        if head.header("last-event-id") and not head.query.get("session_id") and self._registrar.was_removed(player):
-            # The browser's own reconnect of a player whom the operator has just removed.
+        if self._was_removed(head, player):
             await self._sse.gone(link, head)
-            return
-        await self._streams.serve(link, head, visitor, player, self._sse)
+        else:
+            await self._streams.serve(link, head, visitor, player, self._sse)
+
+    def _was_removed(self, head: Head, player: str) -> bool:
+        """Whether this is the browser's own reconnect of a player whom the operator has just removed."""
+        if not head.header("last-event-id") or head.query.get("session_id"):
+            return False
+        return self._registrar.was_removed(player)
+
+    def arrive(self, to: Route, link: Link, head: Head, visitor: Visitor, door: Door) -> None:
+        player = to.player
+        assert player is not None  # for the type checker: it is a stream's route
+        if to.kind is Kind.WEBSOCKET:
+            self._streams.arrive(link, head, visitor, player, self._websocket, door)
+        elif self._was_removed(head, player):
+            door.start(partial(self._sse.gone, link, head))
+        else:
+            self._streams.arrive(link, head, visitor, player, self._sse, door)
 
     async def post(self, link: Link, head: Head, visitor: Visitor) -> bool:
         return await self._posts.serve(link, head, visitor)
@@ -210,6 +226,7 @@ class Server:
                 nursery.start_soon(loop, name=f"health checker: {loop.__name__}")
             await nursery.start(bridge.run, name="bridge")
             self.registrar.recover(recovered.sessions)
+            nursery.start_soon(self.front.keep_times, name="newcomers")
             for listener in listeners:
                 nursery.start_soon(self.front.serve, listener, name="front door")
             nursery.start_soon(self._background.run, name="background of the game")

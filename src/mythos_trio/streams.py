@@ -1,7 +1,7 @@
 """A connection's life, the same on both transports: let in, start, read, end.
 
-The front door's task asks the registrar for the player's session, attaches the connection to it and says the first
-words: the handshake's answer and the welcome, in one go. It hands the link over in the same step: from then on
+The registrar is asked for the player's session, the connection is attached to it, and the first words are said: the
+handshake's answer and the welcome, in one go. The front door hands the link over in the same step: from then on
 everything of the connection runs in the player's nursery (`Streams._live`), and ends with it. So until the first word
 nothing has happened, and a client can still be turned down as its transport does that. What must outlive a connection
 by a moment, the wait for the peer to take the last words, is done in `Streams.run`'s nursery.
@@ -10,10 +10,12 @@ by a moment, the wait for the peer to take the last words, is done in `Streams.r
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
-from attrs import frozen
+from attrs import define, frozen
 
 from mythos_trio import logs
 from mythos_trio.access import TokenError
@@ -107,7 +109,7 @@ class Wish:
     replaces: str | None
 
 
-@frozen
+@define(eq=False)
 class _Arrival:
     """A connection that is being let in. *began*: `trio.current_time`."""
 
@@ -115,9 +117,17 @@ class _Arrival:
     head: Head
     visitor: Visitor
     player_id: str
-    wish: Wish
     transport: Transport
     began: float
+    wish: Wish = Wish(None, None, None)
+
+
+class Door(Protocol):
+    """As `front.Door`."""
+
+    def handed_over(self) -> None: ...
+    def start(self, call: Callable[[], Awaitable[None]], /) -> None: ...
+    def crashed(self, error: Exception, /) -> None: ...
 
 
 class Streams:
@@ -158,23 +168,82 @@ class Streams:
             self._quiet.set()
             self._quiet = trio.Event()
 
-    # Letting in: the front door's task.
+    # Letting in, by plain calls: nearly always, nothing has to wait but for the commit of an admission.
+
+    def arrive(self, link: Link, head: Head, visitor: Visitor, player: str, transport: Transport, door: Door) -> None:
+        """Let a client in, and tell *door* when that is done."""
+        arrival = _Arrival(link, head, visitor, player, transport, trio.current_time())
+        self._arriving += 1
+        try:
+            arrival.wish = self._wish(head, visitor, player)
+            if self._enter_now(arrival, door):
+                return
+            if not self._registrar.admit(player, arrival.wish.session_id, partial(self._admitted, arrival, door)):
+                door.start(partial(self._enter, arrival))
+        except Refusal as refusal:
+            door.start(partial(self._turn_down, arrival, refusal))
+
+    def _admitted(self, arrival: _Arrival, door: Door, check: Callable[[], None]) -> None:
+        """An admission has been stored, or not, as *check* tells. Nothing escapes."""
+        try:
+            check()
+            if not self._enter_now(arrival, door):
+                door.start(partial(self._enter, arrival))
+        except Refusal as refusal:
+            door.start(partial(self._turn_down, arrival, refusal))
+        except Exception as error:
+            self._arriving -= 1
+            door.crashed(error)
+
+    def _enter_now(self, arrival: _Arrival, door: Door) -> bool:
+        """Let the client in, if its session lives, nothing has to be read, and it is its turn."""
+        wish = arrival.wish
+        session = self._registrar.joinable(arrival.player_id, wish.session_id)
+        if session is None or not self._turns.take_now():
+            return False
+        resume = self._make_room(session, wish)
+        if resume.after < session.floor:
+            return False
+        if not arrival.link.closed:  # else the server has stopped meanwhile, hard
+            self._open(arrival, session, resume, None)
+        self._arriving -= 1
+        door.handed_over()
+        return True
+
+    # Letting in, in a task of the front door.
 
     async def serve(self, link: Link, head: Head, visitor: Visitor, player: str, transport: Transport) -> None:
         """Let a client in. When this returns, the link is handed over or closed."""
-        began = trio.current_time()
+        arrival = _Arrival(link, head, visitor, player, transport, trio.current_time())
         self._arriving += 1
         try:
-            wish = self._wish(head, visitor, player)
-            arrival = _Arrival(link, head, visitor, player, wish, transport, began)
+            arrival.wish = self._wish(head, visitor, player)
+        except Refusal as refusal:
+            await self._turn_down(arrival, refusal)
+        else:
+            await self._enter(arrival)
+
+    async def _enter(self, arrival: _Arrival) -> None:
+        try:
             await self._turns.take()
-            while not await self._let_in(arrival, await self._registrar.join(player, wish.session_id)):
+            while not await self._let_in(
+                arrival, await self._registrar.join(arrival.player_id, arrival.wish.session_id)
+            ):
                 pass
         except Refusal as refusal:
-            self._log_refused(transport, player, visitor.address, refusal)
-            await transport.refuse(link, head, refusal)
+            await self._refuse(arrival, refusal)
         finally:
             self._arriving -= 1
+
+    async def _turn_down(self, arrival: _Arrival, refusal: Refusal) -> None:
+        try:
+            await self._refuse(arrival, refusal)
+        finally:
+            self._arriving -= 1
+
+    async def _refuse(self, arrival: _Arrival, refusal: Refusal) -> None:
+        self._log_refused(arrival.transport, arrival.player_id, arrival.visitor.address, refusal)
+        await arrival.transport.refuse(arrival.link, arrival.head, refusal)
 
     def _wish(self, head: Head, visitor: Visitor, player: str) -> Wish:
         """What the client asks for, if it may ask at all."""
@@ -216,10 +285,7 @@ class Streams:
 
         Waits only if the stream has to be read from the store.
         """
-        wish = arrival.wish
-        self._check_room(session, wish.replaces)
-        self._replace(session, wish.replaces)
-        resume = self._resume(session, wish.position)
+        resume = self._make_room(session, arrival.wish)
         chunk = None
         if resume.after < session.floor:
             with session.awaiting():
@@ -324,6 +390,12 @@ class Streams:
             name=f"{transport.name} of {session.player_id}",
         )
         self._context.hub.note_opened(self._row(connection, session))
+
+    def _make_room(self, session: LiveSession, wish: Wish) -> Resume:
+        """Where its stream goes on for the client. May be done again, if it is to wait."""
+        self._check_room(session, wish.replaces)
+        self._replace(session, wish.replaces)
+        return self._resume(session, wish.position)
 
     def _replace(self, session: LiveSession, replaces: str | None) -> None:
         """End the connection that the client has given up."""

@@ -455,6 +455,10 @@ class Simulation:
             live = self.life.server.hub.sessions.get(player)
             connection.live = live if live is not None and live.session_id == received.session_id else None
 
+    def is_said_twice(self, id: str | None) -> bool:
+        """Whether more than one publication has had this id."""
+        return sum(said == id for said, _ in self.publications) > 1
+
     def heard(self, player: str, session_id: str, reply: dict[str, Any], live: LiveSession | None = None) -> None:
         """A reply has come: the same id has one answer."""
         if reply["id"] is None:
@@ -999,7 +1003,10 @@ class Publish:
         if status == 202:
             self._check_stored(sim, body, said if isinstance(said, list) else [said], held)
         elif status == 409:
-            require(self.id in ("other", "again") or self.key is not None, "a conflict has a cause", answer=answer)
+            # Of two that are under way at the same time either may be the first.
+            said_twice = [item for item in body if sim.is_said_twice(item["message"].get("id"))]
+            caused = self.id in ("other", "again") or self.key is not None or said_twice
+            require(bool(caused), "a conflict has a cause", answer=answer)
         else:
             require(not before.still_alone(sim), "nothing is in the way of this publisher", answer=answer)
 
