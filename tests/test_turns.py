@@ -111,3 +111,22 @@ async def test_many_come_back_and_leave_at_once(tmp_path: Path, autojump_clock: 
             await trio.sleep(2)
             assert not world.server.hub.connections
             await world.publish(broadcast=True, message={"type": "line", "content": "missed"})
+
+
+async def test_a_call_waits_for_a_turn_without_a_task() -> None:
+    async with running(2) as (turns, gauge, nursery):
+
+        def come(name: str) -> None:
+            if turns.take_now():
+                gauge.do(name)
+            else:
+                turns.call(lambda: come(name))
+
+        for name in "abcde":
+            come(name)
+        assert (gauge.order, turns.waiting) == (["a", "b"], 3)
+        while turns.waiting:
+            await trio.lowlevel.checkpoint()
+        assert "".join(gauge.order) == "abcde"
+        assert max(gauge.done.values()) == 2
+        nursery.cancel_scope.cancel()

@@ -519,5 +519,10 @@ def _parse_ip(text: str) -> Address | None:
 
 
 def _is_loopback(text: str) -> bool:
-    address = _parse_address(text)
+    return len(text) <= SHORT and _is_loopback_ip(text)
+
+
+@lru_cache(REMEMBERED)
+def _is_loopback_ip(text: str) -> bool:
+    address = _parse_ip(text)
     return address is not None and address.is_loopback

@@ -23,14 +23,18 @@ class Delays(Generic[T]):
         self._seconds = seconds
         self._over = over
         # When each is over, of `trio.current_time`.
+        # (No plain dict: its first key is found past all that were removed before it, each time.)
         self._over_at: OrderedDict[T, float] = OrderedDict()
         self._some = trio.Event()
 
     def begin(self, waiting: T) -> None:
         """It begins now, for a second time too."""
-        self._over_at[waiting] = trio.current_time() + self._seconds
-        self._over_at.move_to_end(waiting)
-        self._some.set()
+        over_at = self._over_at
+        if not over_at:
+            self._some.set()
+        elif waiting in over_at:
+            del over_at[waiting]
+        over_at[waiting] = trio.current_time() + self._seconds
 
     def end(self, waiting: T) -> None:
         """What was waited for has come, or nobody waits any more. Idempotent."""

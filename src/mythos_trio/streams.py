@@ -183,8 +183,8 @@ class Streams:
         except Refusal as refusal:
             door.start(partial(self._turn_down, arrival, refusal))
 
-    def _admitted(self, arrival: _Arrival, door: Door, check: Callable[[], None]) -> None:
-        """An admission has been stored, or not, as *check* tells. Nothing escapes."""
+    def _admitted(self, arrival: _Arrival, door: Door, check: Callable[[], None] = lambda: None) -> None:
+        """An admission has been stored, or not, as *check* tells; or it is its turn. Nothing escapes."""
         try:
             check()
             if not self._enter_now(arrival, door):
@@ -196,11 +196,14 @@ class Streams:
             door.crashed(error)
 
     def _enter_now(self, arrival: _Arrival, door: Door) -> bool:
-        """Let the client in, if its session lives, nothing has to be read, and it is its turn."""
+        """Let the client in, now or when it is its turn, if its session lives and nothing has to be read."""
         wish = arrival.wish
         session = self._registrar.joinable(arrival.player_id, wish.session_id)
-        if session is None or not self._turns.take_now():
+        if session is None:
             return False
+        if not self._turns.take_now():
+            self._turns.call(partial(self._admitted, arrival, door))
+            return True
         resume = self._make_room(session, wish)
         if resume.after < session.floor:
             return False

@@ -8,6 +8,8 @@ microseconds takes a place in a turn first (`Turns.take`). As long as there are 
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 import trio
@@ -23,11 +25,12 @@ class Turns:
         self._left = places
         self._begun = trio.lowlevel.ParkingLot()
         self._new = trio.lowlevel.ParkingLot()
+        self._calls: deque[Callable[[], None]] = deque()
         self._taken = trio.Event()
 
     @property
     def waiting(self) -> int:
-        return len(self._begun) + len(self._new)
+        return len(self._begun) + len(self._calls) + len(self._new)
 
     def take_now(self) -> bool:
         """Take a place in this turn, if there is one."""
@@ -36,6 +39,11 @@ class Turns:
         self._left -= 1
         self._taken.set()
         return True
+
+    def call(self, call: Callable[[], None]) -> None:
+        """There was no place (`take_now`): have *call* called in a later turn, where it can take one. It must not
+        raise."""
+        self._calls.append(call)
 
     async def take(self, *, begun: bool = False) -> None:
         """Take a place in this turn, or wait for one in a later turn."""
@@ -50,5 +58,10 @@ class Turns:
             while self._left < self._places:
                 await trio.lowlevel.checkpoint()
                 self._left = self._places
-                for lot in (self._begun, self._new):
-                    self._left -= len(lot.unpark(count=self._left)) if self._left else 0
+                self._let_go_on(self._begun)
+                while self._left and self._calls:
+                    self._calls.popleft()()
+                self._let_go_on(self._new)
+
+    def _let_go_on(self, lot: trio.lowlevel.ParkingLot) -> None:
+        self._left -= len(lot.unpark(count=self._left)) if self._left else 0
