@@ -658,7 +658,7 @@ async def judge_leftovers(world: World) -> None:
 
 
 _SERVERS_OWN: Final = re.compile(
-    r"writer|dispatcher|poller|registrar|streams|monitor|the world's timers|grace times|bridge|front door"
+    r"writer|dispatcher|poller|registrar|streams|monitor|the world's timers|grace times|newcomers|bridge|front door"
     r"|background of the game|deadlines of handlers"
     r"|health checker: .*|inspector|<init>|.*_main|.*_serve|.*Registrar.run|.*Streams.run|.*Bridge.run|.*Listener.*"
     r"|trio\..*|.*run_sync_soon.*|.*EntryQueue.*|app|lifespan.*|.*handle_lifespan.*|.*hypercorn.*|.*World\._.*"
