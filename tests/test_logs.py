@@ -261,6 +261,19 @@ def flushed(running: logs.Logs) -> None:
     assert done.wait(5)
 
 
+def held_up(running: logs.Logs) -> threading.Event:
+    """The thread of the file waits for this one, 5 seconds at most."""
+    hold, held = threading.Event(), threading.Event()
+
+    def block() -> None:
+        held.set()
+        hold.wait(5)
+
+    running._to_file.call(block)
+    assert held.wait(5)
+    return hold
+
+
 def test_reopen_goes_on_in_a_file_of_the_old_name(settings: Settings, running: logs.Logs) -> None:
     log.info("one")
     flushed(running)
@@ -284,14 +297,7 @@ def test_an_appended_file_is_kept(settings: Settings) -> None:
 def test_at_the_bound_lines_are_dropped_and_counted(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "MAX_WAITING", 5)
     running = logs.setup(settings, console=False)
-    hold, held = threading.Event(), threading.Event()
-
-    def block() -> None:
-        held.set()
-        hold.wait(5)
-
-    running._to_file.call(block)
-    assert held.wait(5)
+    hold = held_up(running)
     for n in range(12):
         log.info("x", n=n)
     hold.set()
@@ -311,6 +317,26 @@ def test_of_more_lines_of_one_moment_than_may_wait_the_first_are_written(
     found = lines(settings)
     assert [line["n"] for line in found if "n" in line] == [0, 1, 2, 3, 4]
     assert [line["dropped"] for line in found if "dropped" in line] == [7]
+
+
+def test_lines_by_themselves_and_many_of_one_moment_share_the_bound(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "MAX_WAITING", 7)
+    running = logs.setup(settings, console=False)
+    for _ in range(2):  # what has been written makes room again
+        hold = held_up(running)
+        log.info("one", n=0)
+        log.info_each("many", [{"n": n} for n in range(1, 5)])
+        log.info("one", n=5)
+        log.info_each("many", [{"n": n} for n in range(6, 9)])
+        log.info("one", n=9)
+        hold.set()
+        flushed(running)
+    running.close()
+    found = lines(settings)
+    assert [line["n"] for line in found if "n" in line] == [0, 1, 2, 3, 4, 5, 6] * 2
+    assert [line["dropped"] for line in found if "dropped" in line] == [3, 3]
 
 
 def test_a_line_from_a_finalizer_while_a_line_is_put_is_written(settings: Settings) -> None:
@@ -401,6 +427,16 @@ def test_looking_ahead_for_secrets_overlooks_none(facts: dict[str, Any], rows: l
     lines = logs.Lines({**facts, **own}, [{**row} or {"n": 1} for row in rows])
     for text in (logs.render_json(lines, "s"), logs.render_console(lines, colours=False)):
         assert logs.hide_secrets(lines, text) == logs._SECRET.sub(logs._hidden, text)
+
+
+@given(st.lists(some_fields, max_size=4))
+def test_looking_ahead_in_several_at_once_overlooks_none(several: list[dict[str, Any]]) -> None:
+    own = {"event": "x", "level": "INFO", "timestamp": 0.0}
+    batch = [logs.Lines({**facts, **own}) for facts in several]
+    logs.Lines.look_through(batch)
+    for lines in batch:
+        for text in (logs.render_json(lines, "s"), logs.render_console(lines, colours=False)):
+            assert logs.hide_secrets(lines, text) == logs._SECRET.sub(logs._hidden, text)
 
 
 @given(some_fields)

@@ -87,11 +87,15 @@ class SeededRandomness:
         return self._random.uniform(low, high)
 
 
+# Looked up: to format a number with leading zeros was half of what a time costs.
+_MILLIS: Final = [f".{millis:03d}Z" for millis in range(1000)]
+
+
 def rfc3339(posix: float) -> str:
     """*posix* seconds as RFC 3339, UTC, milliseconds, ``Z``."""
     whole = math.floor(posix)
     millis = round((posix - whole) * 1_000_000) // 1000
-    return f"{_second(whole)}.{millis:03d}Z" if millis < 1000 else f"{_second(whole + 1)}.000Z"
+    return _second(whole) + _MILLIS[millis] if millis < 1000 else _second(whole + 1) + _MILLIS[0]
 
 
 @lru_cache(4)
