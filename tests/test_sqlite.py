@@ -24,11 +24,12 @@ from attrs import evolve
 
 from mythos_trio.core.data import Write
 from mythos_trio.core.position import Epoch
-from mythos_trio.core.transaction import Append, Committed, Outcome, Reason, Refused, SetTimer, Transaction
+from mythos_trio.core.transaction import Admit, Append, Committed, Outcome, Reason, Refused, SetTimer, Transaction
 from mythos_trio.sqlite import SqliteDatabase, database
 from mythos_trio.sqlite.checkpoints import BACKSTOP_PAGES, STEP_ROWS
 from mythos_trio.sqlite.files import read_boot_id
 from mythos_trio.sqlite.schema import APPLICATION_ID, SCHEMA
+from mythos_trio.sqlite.transactions import _who_is_known
 from mythos_trio.storage import ConnectionRow, Notes, StoreError, StoreUnusable
 from tests.support.stores import FOREVER, NOW, Bench, SqliteKind, answer, bench
 
@@ -490,6 +491,20 @@ def test_the_tables_can_be_asked_by_hand(store: Bench, path: Path) -> None:
     assert figures["disk_free_bytes"] > 0
 
 
+def test_the_row_of_a_first_session_has_the_players_data(store: Bench, path: Path) -> None:
+    store.commit(Transaction(writes=[Write("player/ann", b'{"hp":1}', 0, 1)]))
+    commits = store.db.figures()["commits"]
+    comers = [("ann", 0), ("bob", 0), ("ann", 0), ("cid", 1), ("cid", 0)]
+    store.try_(*(Transaction(admit=Admit(name, None, "s1", mail, "absent", "")) for name, mail in comers))
+    assert store.db.figures()["commits"] == commits + 1, "not one by one, after an error"
+    found = sql(path, "SELECT player_id, data, created_at, state, state_since, last_online, owed FROM sessions")
+    then = "2026-01-01T00:00:00.000Z"
+    assert sorted(found) == [
+        (name, data, then, "online", then, then, "")
+        for name, data in (("ann", '{"hp":1}'), ("bob", "{}"), ("cid", "{}"))
+    ]
+
+
 @pytest.mark.parametrize(
     "statement",
     [
@@ -509,6 +524,15 @@ def test_what_runs_often_reads_no_whole_table(store: Bench, path: Path, statemen
     plan = [row[3] for row in sql(path, f"EXPLAIN QUERY PLAN {statement}")]
     assert not [step for step in plan if "TEMP B-TREE" in step]
     assert all(step.startswith("SEARCH") or "USING" in step for step in plan), plan
+
+
+def test_to_ask_who_is_known_reads_no_whole_table(store: Bench, path: Path) -> None:
+    with closing(sqlite3.connect(path)) as db:
+        plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {_who_is_known(2)}", ["x"] * 4)]
+    searched = [step for step in plan if step.startswith("SEARCH")]
+    scanned = [step for step in plan if step.startswith("SCAN")]
+    assert len(searched) == 3
+    assert not [step for step in scanned if "CONSTANT" not in step and "subquery" not in step.lower()], plan
 
 
 # Bad days.
