@@ -14,6 +14,7 @@ from attrs import evolve, field, frozen
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mythos_trio.core.data import Write
 from mythos_trio.core.position import Epoch
 from mythos_trio.core.transaction import (
     Admit,
@@ -252,6 +253,59 @@ def test_an_admission_after_a_session_has_ended(store: Bench) -> None:
     store.refuse(admit("ann", "s1", "s9"), Reason.ENDED)
 
 
+NAMES = ("ann", "bob", "cid", "dan", "eve", "fay")
+SESSIONS = st.sampled_from(("s1", "s2", "s3"))
+CHANGES = st.one_of(
+    st.builds(lambda name: Append(f"@{name}", f"to {name}", b"{}", b"x"), st.sampled_from(NAMES)),
+    st.builds(lambda name: Begin(name, "s1", 0), st.sampled_from(NAMES)),
+    st.builds(lambda name: End(name, "s1", "removed"), st.sampled_from(NAMES)),
+)
+
+
+@given(
+    before=st.lists(CHANGES, max_size=4),
+    removed=st.booleans(),
+    admits=st.lists(
+        st.builds(admit, st.sampled_from(NAMES), st.none() | SESSIONS, SESSIONS, st.sampled_from((0, 0, 1))),
+        max_size=8,
+    ),
+)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_admissions_in_one_commit_come_out_as_one_by_one(
+    kind: Kind, before: list[Append | Begin | End], removed: bool, admits: list[Transaction]
+) -> None:
+    """Those of players who are new go together; of the others each sees what those before it have done."""
+    found: list[object] = []
+    for together in (True, False):
+        with tempfile.TemporaryDirectory() as place, bench(kind, Path(place)) as store:
+            for change in before:
+                store.try_(Transaction([change]))
+            store.try_(Transaction(writes=[Write("player/bob", b'{"hp":1}', 0, 1)]))
+            if removed:
+                store.clean(evolve(FOREVER, message_count=0))
+            outcomes = store.try_(*admits) if together else [store.try_(admit)[0] for admit in admits]
+            found.append((outcomes, store.db.sessions(None, 99), store.say("#r")))
+    assert found[0] == found[1]
+
+
+def test_more_admissions_than_are_stored_in_one_go_keep_their_order(store: Bench) -> None:
+    store.say("@p40")
+    outcomes = store.try_(*(admit(f"p{n}", None, f"s{n}") for n in range(100)))
+    for n, outcome in enumerate(outcomes):
+        assert isinstance(outcome, Committed)
+        assert outcome.session == store.db.current_session(f"p{n}")
+        assert outcome.session is not None
+        assert (outcome.session.session_id, outcome.session.start) == (f"s{n}", n + 2)
+        assert (outcome.last, outcome.begun, outcome.mail) == (n + 2, True, n == 40)
+    assert store.say("#r") == 102
+
+
+def test_an_admission_that_cannot_be_stored_takes_no_other_down(store: Bench) -> None:
+    first, odd, last = store.try_(admit("ann", None, "s1"), admit("\ud800", None, "s1"), admit("bob", None, "s1"))
+    assert (type(first), type(odd), type(last)) == (Committed, Refused, Committed)
+    assert store.db.current_session("bob") is not None
+
+
 def test_the_newest_time_is_the_current_session_also_when_the_clock_was_set_back(store: Bench) -> None:
     store.begin("ann", "s1")
     store.now -= 3600
@@ -420,6 +474,23 @@ def test_presence_is_noted_of_sessions_that_have_not_ended(store: Bench) -> None
     row = store.db.find_session("ann", "s1")
     assert row is not None
     assert (row.state, row.told, row.owed) == ("ended", "linkdead", "leave")
+    assert row.last_online == NOW
+    # When somebody was online last is told of an ended one too.
+    store.db.note(evolve(NO_NOTES, presence={("ann", "s1"): (mark, NOW + 4)}, last_online={("ann", "s1"): NOW + 3}))
+    assert store.db.find_session("ann", "s1") == evolve(row, last_online=NOW + 3)
+
+
+def test_presence_and_when_one_was_online_last_are_noted_together_and_alone(store: Bench) -> None:
+    marks = {(name, "s1"): (PresenceMark(name, "s1", "linkdead", "present", ""), NOW + 2) for name in ("ann", "bob")}
+    for name in ("ann", "bob", "cid"):
+        store.begin(name)
+    store.db.note(evolve(NO_NOTES, presence=marks, last_online={("ann", "s1"): NOW + 1, ("cid", "s1"): NOW + 3}))
+    rows = [store.db.current_session(name) for name in ("ann", "bob", "cid")]
+    assert [row and (row.state, row.last_online) for row in rows] == [
+        ("linkdead", NOW + 1),
+        ("linkdead", NOW),
+        ("online", NOW + 3),
+    ]
 
 
 def test_marks_and_connections_are_noted(store: Bench) -> None:

@@ -52,9 +52,15 @@ _COUNT: Final = """
     INSERT INTO targets (target, messages, bytes) VALUES (?, ?, ?)
     ON CONFLICT (target) DO UPDATE SET messages = messages + excluded.messages, bytes = bytes + excluded.bytes
     RETURNING messages"""
+# An ended session has no presence any more, but when it was online last is told all the same.
 _NOTED: Final = """
-    UPDATE sessions SET state_since = CASE WHEN state = ? THEN state_since ELSE ? END, state = ?, told = ?, owed = ?
-    WHERE player_id = ? AND session_id = ? AND ended_at IS NULL"""
+    UPDATE sessions SET
+        state_since = CASE WHEN state = ? OR ended_at IS NOT NULL THEN state_since ELSE ? END,
+        state = CASE WHEN ended_at IS NULL THEN ? ELSE state END,
+        told = CASE WHEN ended_at IS NULL THEN ? ELSE told END,
+        owed = CASE WHEN ended_at IS NULL THEN ? ELSE owed END,
+        last_online = coalesce(?, last_online)
+    WHERE player_id = ? AND session_id = ?"""
 _ABANDONED: Final = Refused(Reason.FAILED, "abandoned before it was stored")
 
 
@@ -516,10 +522,12 @@ class SqliteDatabase(ReadingHalf):
     @staticmethod
     def _note(db: sqlite3.Connection, notes: Notes) -> None:
         where = "player_id = ? AND session_id = ?"
+        # Who leaves has both, as a rule: in one update that is 4 µs, in two it was 6.
+        online = {key: rfc3339(at) for key, at in notes.last_online.items()}
         db.executemany(
             _NOTED,
             [
-                (mark.state, rfc3339(at), mark.state, mark.told, mark.owed, *key)
+                (mark.state, rfc3339(at), mark.state, mark.told, mark.owed, online.pop(key, None), *key)
                 for key, (mark, at) in notes.presence.items()
             ],
         )
@@ -529,7 +537,7 @@ class SqliteDatabase(ReadingHalf):
         )
         db.executemany(
             f"UPDATE sessions SET last_online = ? WHERE {where}",
-            [(rfc3339(at), *key) for key, at in notes.last_online.items()],
+            [(at, *key) for key, at in online.items()],
         )
         db.executemany(
             "INSERT OR REPLACE INTO connections"
