@@ -7,11 +7,11 @@ live is the stream that the store would replay.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
-from attrs import frozen
+from attrs import define
 
 from mythos_trio.core import names
 from mythos_trio.core.backlog import Replaced
@@ -42,12 +42,13 @@ if TYPE_CHECKING:
     from mythos_trio.timers import TimerClock
 
 
-# Of a session; and of so many sessions. About 1 KiB each at most, a tenth of that as a rule.
+# Of a session; and of so many sessions. About 1 KiB each at most, a fifth of that as a rule.
 MAX_DEPARTED: Final = 4
 MAX_DEPARTED_SESSIONS: Final = 10_000
 
 
-@frozen
+# Not frozen: each connection leaves one, and to set an attribute of a frozen one costs three times as much.
+@define(eq=False)
 class Departed:
     """What is remembered of a connection that is over. *closed_at*: POSIX seconds; the rest as there."""
 
@@ -100,8 +101,8 @@ class Hub:
         self._closed: list[str] = []
         self._last_online: dict[tuple[str, str], float] = {}
         self._presence: dict[tuple[str, str], tuple[PresenceMark, float]] = {}
-        self.departed: OrderedDict[tuple[str, str], deque[Departed]] = OrderedDict()
-        """The newest connections that are over, by player and session."""
+        self.departed: OrderedDict[tuple[str, str], tuple[Departed, ...]] = OrderedDict()
+        """The newest connections that are over, by player and session. (A deque takes 760 bytes whatever is in it.)"""
 
     def start(self, recovered: Recovered) -> None:
         """Take over what the store was recovered to."""
@@ -303,8 +304,8 @@ class Hub:
             reason="lost" if close is None else close.reason,
         )
         key = connection.player_id, connection.session_id
-        self.departed.setdefault(key, deque(maxlen=MAX_DEPARTED)).append(gone)
-        self.departed.move_to_end(key)
+        earlier = self.departed.pop(key, ())
+        self.departed[key] = (*earlier[1 - MAX_DEPARTED :], gone)
         if len(self.departed) > MAX_DEPARTED_SESSIONS:
             self.departed.popitem(last=False)
 
