@@ -257,7 +257,7 @@ class Connection:
         chunk: Chunk | None,
         then: list[bytes],
     ) -> None:
-        """Send the first words, and from now on all of the session after *after*.
+        """From now on, with the first `pump`, send the first words, and then all of the session after *after*.
 
         :param start: starts a task in the nursery that owns this connection.
         :param first: the welcome, and a gap of the position that was named.
@@ -271,12 +271,13 @@ class Connection:
         self._wait_between().first += then
         self._start = start
         self.link.on_express = self._express
-        self.pump()
 
     def end(self, close: Close, *, by: str = "server", retry_ms: int | None = None) -> None:
         """Say the last words and stop: its task ends."""
         if self.over is not None:
             return
+        if self._between is not None and self._between.first:
+            self.pump()  # nothing has been said yet
         self.over = close
         self.look_at_kernel()
         if self.link.ended is None:

@@ -41,6 +41,7 @@ class Poller:
         self._turn = nullcontext() if turn is None else turn
         self._called: dict[int, Callable[[], None]] = {}
         self._tasks: dict[Wire, _Watch] = {}
+        self._last: list[Callable[[], object]] = []
         self._nursery: trio.Nursery | None = None
         self._epoll: select.epoll | None = None
         self.now = 0.0
@@ -71,6 +72,11 @@ class Poller:
         elif self._called.pop(wire.fileno(), None) is not None and self._epoll is not None:
             self._epoll.unregister(wire.fileno())
 
+    def at_end(self, call: Callable[[], object]) -> None:
+        """For who is called in a turn: have *call* called at its end. What is sent then goes out in a row, as in
+        `turns.Turns.at_end`."""
+        self._last.append(call)
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until it is cancelled; what is watched then is forgotten."""
         async with trio.open_nursery() as self._nursery:
@@ -95,6 +101,8 @@ class Poller:
                     readable = self._called.get(number)
                     if readable is not None:
                         readable()
+                if self._last:
+                    self._end_turn()
 
     async def _watch(self, wire: Wire, watch: _Watch) -> None:
         with watch.scope, suppress(trio.ClosedResourceError):
@@ -104,6 +112,12 @@ class Poller:
                     self.now = trio.current_time()
                     with self._turn:
                         watch.readable()
+                        self._end_turn()
+
+    def _end_turn(self) -> None:
+        calls, self._last = self._last, []
+        for call in calls:
+            call()
 
     def _close(self) -> None:
         self._called.clear()

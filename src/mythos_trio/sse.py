@@ -102,12 +102,14 @@ class SSEChannel:
         self._connection: Connection | None = None
         self.left_with: Close | None = None
 
+    def begin(self, connection: Connection) -> None:
+        self._connection = connection
+        self._link.take_all()
+        self._link.watch(self._poller, self._ready)
+
     async def read(self, connection: Connection) -> None:
         """Until the client leaves. What it sends has no meaning here and is dropped, up to a bound."""
         link = self._link
-        self._connection = connection
-        link.take_all()
-        link.watch(self._poller, self._ready)
         try:
             while connection.over is None and link.ended is None and self.left_with is None:
                 await connection.bell.wait()

@@ -65,6 +65,10 @@ FRAMES_A_COMMAND: Final = 100
 class Channel(Protocol):
     """An accepted connection of one transport."""
 
+    def begin(self, connection: Connection) -> None:
+        """From now on what the client says is heard."""
+        ...
+
     async def read(self, connection: Connection) -> None:
         """Take what the client says, until it leaves, or the connection or its link is over."""
         ...
@@ -376,22 +380,25 @@ class Streams:
             chunk=chunk,
             then=self._session_changed(connection, session),
         )
+        self._turns.at_end(connection.pump)
         self._log_connected(connection, session, arrival, starts_at, resumed)
 
     def _hand_over(self, connection: Connection, session: LiveSession, arrival: _Arrival) -> None:
         """From here on the link is the player's nursery's."""
         assert session.nursery is not None  # for the type checker: the session accepts
         link, transport = arrival.link, arrival.transport
+        channel = transport.channel(link)
         session.attach(connection)
         link.start = session.nursery.start_soon
         link.on_end = connection.stop
         session.nursery.start_soon(
             self._live,
             connection,
-            transport.channel(link),
+            channel,
             transport,
             name=f"{transport.name} of {session.player_id}",
         )
+        channel.begin(connection)
         self._context.hub.note_opened(self._row(connection, session))
 
     def _make_room(self, session: LiveSession, wish: Wish) -> Resume:
@@ -543,8 +550,11 @@ class Streams:
 
         :param left: the peer has said that it leaves: it sends nothing any more, and nobody waits for that.
         """
-        if self._nursery is None or link.closed or (left and link.has_said_all()):
+        if self._nursery is None or link.closed:
             link.close()
+            return
+        if left and link.has_said_all():
+            self._turns.at_end(link.close)
             return
         link.start = self._nursery.start_soon
         try:

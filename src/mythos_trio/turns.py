@@ -26,6 +26,7 @@ class Turns:
         self._begun = trio.lowlevel.ParkingLot()
         self._new = trio.lowlevel.ParkingLot()
         self._calls: deque[Callable[[], None]] = deque()
+        self._last: list[Callable[[], object]] = []
         self._taken = trio.Event()
 
     @property
@@ -45,6 +46,15 @@ class Turns:
         raise."""
         self._calls.append(call)
 
+    def at_end(self, call: Callable[[], object]) -> None:
+        """For who has a place: have *call* called at the end of the turn. It must not raise.
+
+        What is sent one by one, between other things, finds each time that the client's processor has gone to sleep,
+        and the kernel has to wake it, which takes longer than to send: 22 µs each for those that come in the same
+        moment, and 7 in a row.
+        """
+        self._last.append(call)
+
     async def take(self, *, begun: bool = False) -> None:
         """Take a place in this turn, or wait for one in a later turn."""
         if not self.take_now():
@@ -52,16 +62,25 @@ class Turns:
 
     async def run(self) -> None:
         """Give the places of each turn. Runs until it is cancelled, and sleeps while no place is taken."""
-        while True:
-            await self._taken.wait()
-            self._taken = trio.Event()
-            while self._left < self._places:
-                await trio.lowlevel.checkpoint()
-                self._left = self._places
-                self._let_go_on(self._begun)
-                while self._left and self._calls:
-                    self._calls.popleft()()
-                self._let_go_on(self._new)
+        try:
+            while True:
+                await self._taken.wait()
+                self._taken = trio.Event()
+                while self._left < self._places:
+                    await trio.lowlevel.checkpoint()
+                    self._left = self._places
+                    self._let_go_on(self._begun)
+                    while self._left and self._calls:
+                        self._calls.popleft()()
+                    self._end_turn()
+                    self._let_go_on(self._new)
+        finally:
+            self._end_turn()
+
+    def _end_turn(self) -> None:
+        calls, self._last = self._last, []
+        for call in calls:
+            call()
 
     def _let_go_on(self, lot: trio.lowlevel.ParkingLot) -> None:
         self._left -= len(lot.unpark(count=self._left)) if self._left else 0

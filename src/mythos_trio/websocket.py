@@ -144,11 +144,17 @@ class WebSocketChannel:
         self._error: Exception | None = None
         self.left_with: Close | None = None
 
-    async def read(self, connection: Connection) -> None:
-        """Text frames are requests. Ends when the client leaves."""
+    def begin(self, connection: Connection) -> None:
         link = self._link
         self._connection = connection
         self._rest = link.take_all()  # it has come with the handshake
+        if not self._rest:
+            # At once: most have been watched since they came, and so stay watched.
+            link.watch(self._poller, self._ready)
+
+    async def read(self, connection: Connection) -> None:
+        """Text frames are requests. Ends when the client leaves."""
+        link = self._link
         try:
             while await self._take_rest(connection):
                 link.watch(self._poller, self._ready)
@@ -198,8 +204,11 @@ class WebSocketChannel:
 
     def _hear_now(self, connection: Connection, kind: int, payload: bytes) -> bool:
         """Take a frame, if nothing about it has to wait; whether that is so."""
+        if kind == frames.CLOSE:
+            # Then the link has ended, and that tells the task.
+            self._poller.at_end(partial(self._control, connection, kind, payload))
+            return True
         if kind != frames.TEXT:
-            # After the client's last one the link has ended, and that tells the task.
             self._control(connection, kind, payload)
             return True
         if connection.waiting_replies >= MAX_REPLIES:

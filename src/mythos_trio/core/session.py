@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from enum import Enum, StrEnum
+from functools import lru_cache
 from typing import Final
 
 from attrs import evolve, frozen
@@ -196,7 +197,7 @@ class Presence:
         return evolve(self, running=False)
 
     def _owing(self, item: Owed) -> Presence:
-        return evolve(self, owed=(*self.owed, item))
+        return Presence(self.told, (*self.owed, item), self.running)
 
     def _can_drop_last(self) -> bool:
         return len(self.owed) > 1 or not self.running
@@ -207,6 +208,7 @@ class Presence:
         return ",".join(self.owed)
 
 
+@lru_cache(64)
 def parse_presence(told: str, owed: str) -> Presence:
     """The presence that a session's row holds."""
     return Presence(Told(told), tuple(Owed(item) for item in owed.split(",") if item))
