@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from attrs import evolve
@@ -777,6 +778,27 @@ def test_the_writer_has_little_to_sync_when_the_log_begins_anew(
         size = log_file(store)
         store.try_(message("after"))
         fill(store, 20_000, 1000)
+        assert log_file(store) == size
+
+
+def test_a_long_log_that_a_step_beside_the_writer_keeps_busy_begins_anew_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mythos_trio.sqlite.checkpoints.LONG_PAGES", 400)
+    with bench(SqliteKind(), tmp_path) as store:
+        fill(store, 0, 4000)
+        store.db.checkpoint()
+        checkpoints, writer = store.db._checkpoints, store.db._writer  # type: ignore[attr-defined]
+        busy = MagicMock()
+        busy.execute.return_value.fetchone.return_value = (1, -1, -1)
+        checkpoints.finish(busy)
+        said: list[str] = []
+        writer.set_trace_callback(said.append)
+        checkpoints.finish(writer)
+        checkpoints.finish(writer)
+        assert len(said) == 1
+        size = log_file(store)
+        fill(store, 10_000, 400)
         assert log_file(store) == size
 
 

@@ -77,7 +77,9 @@ class Checkpoints:
             self._long = False
             # A commit does not fail for it: what is wrong will show in the commit itself, and the backstop stays.
             with suppress(sqlite3.Error):
-                db.execute(_STEP).fetchone()
+                busy, _, _ = db.execute(_STEP).fetchone()
+                # A step is under way beside: then nothing has been done, and the log would go on growing.
+                self._long = bool(busy)
 
     def close(self, seconds: float) -> bool:
         """Close the connection; one that is still used after *seconds* is left to its thread: then False."""
