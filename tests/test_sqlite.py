@@ -725,14 +725,14 @@ def test_a_checkpoint_beside_the_writer_is_a_step_when_enough_has_changed(
         said: list[str] = []
         checkpoints = store.db._checkpoints  # type: ignore[attr-defined]
         checkpoints._keeper.set_trace_callback(said.append)
-        store.db.checkpoint()
-        fill(store, 0, STEP_ROWS - 200)
-        store.db.checkpoint()
-        assert said == []
-        fill(store, STEP_ROWS, 300)
-        store.db.checkpoint()
-        store.db.checkpoint()
+        due: list[bool] = []
+        for rows in (0, STEP_ROWS - 100, 100, 0):
+            fill(store, 1000 * len(due), rows)
+            due.append(store.db.checkpoint_due)
+            store.db.checkpoint()
+        assert due == [False, False, True, False]
         assert len(said) == 1
+    assert not store.db.checkpoint_due
 
 
 def test_a_long_log_begins_anew_while_commits_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,8 @@ SLICE_SECONDS: Final = 0.004
 NOTE_SECONDS: Final = 0.5
 # The writer takes 7 µs for each, and commits have to wait for it.
 NOTES_AT_ONCE: Final = 50
-CHECKPOINT_SECONDS: Final = 0.1
+# At the greatest rate some 300 rows, so steps stay small; they are in a thread, which is asked only if there is one.
+CHECKPOINT_SECONDS: Final = 0.02
 PROBE_SECONDS: Final = 5.0
 MEMORY_SECONDS: Final = 10.0
 LAG_SECONDS: Final = 0.1
@@ -191,8 +192,10 @@ class Checker:
     async def checkpoint_forever(self) -> None:
         """Have the store do what it puts off: looked at often, so that it never gathers to a pause."""
         while await self._pause(CHECKPOINT_SECONDS):
-            with contextlib.suppress(StoreError):  # the probe of the store tells
-                await self._context.hub.storage.checkpoint()
+            storage = self._context.hub.storage
+            if storage.checkpoint_due:
+                with contextlib.suppress(StoreError):  # the probe of the store tells
+                    await storage.checkpoint()
 
     async def clean_forever(self) -> None:
         while await self._pause(self._context.settings.cleanup_interval):

@@ -205,6 +205,11 @@ class Database(Protocol):
 
     # Beside both.
 
+    @property
+    def checkpoint_due(self) -> bool:
+        """Whether `checkpoint` has something to do. Any thread; costs nothing."""
+        ...
+
     def checkpoint(self) -> None:
         """A step of what the store has put off so that commits are quick; mostly there is nothing to do."""
         ...
@@ -473,6 +478,10 @@ class Storage:
 
     async def note(self, notes: Notes) -> None:
         await self._write(self._database.note, notes)
+
+    @property
+    def checkpoint_due(self) -> bool:
+        return self._database.checkpoint_due
 
     async def checkpoint(self) -> None:
         """

@@ -550,6 +550,10 @@ class SqliteDatabase(ReadingHalf):
         )
         db.executemany("DELETE FROM connections WHERE connection_id = ?", [(id_,) for id_ in notes.closed])
 
+    @property
+    def checkpoint_due(self) -> bool:
+        return self._checkpoints is not None and self._checkpoints.due
+
     def checkpoint(self) -> None:
         checkpoints = self._checkpoints
         if checkpoints is None:
