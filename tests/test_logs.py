@@ -294,6 +294,33 @@ def test_an_appended_file_is_kept(settings: Settings) -> None:
     assert [line["event"] for line in lines(settings)] == ["one", "two"]
 
 
+def test_lines_are_written_in_batches_with_pauses(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that renders all that has gathered in one go keeps the event loop waiting as long."""
+    monkeypatch.setattr(logs, "GATHER_SECONDS", 0.2)
+    monkeypatch.setattr(logs, "PAUSE_SECONDS", 60)
+    monkeypatch.setattr(logs, "BATCH", 2)
+    running = logs.setup(settings, console=False)
+    sizes: list[int] = []
+    written = threading.Event()
+
+    def write(batch: list[logs.Lines]) -> None:
+        sizes.append(len(batch))
+        running._file.write(batch)
+        written.set()
+
+    running._to_file._write = write
+    for n in range(7):
+        log.info("x", n=n)
+    assert written.wait(5)
+    written.clear()
+    assert not written.wait(0.05)
+    log.error("urgent")
+    flushed(running)
+    assert sizes == [2, 2, 2, 2]
+    running.close()
+    assert [line["n"] for line in lines(settings) if "n" in line] == list(range(7))
+
+
 def test_at_the_bound_lines_are_dropped_and_counted(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "MAX_WAITING", 5)
     running = logs.setup(settings, console=False)
