@@ -129,3 +129,15 @@ async def test_a_frame_in_two_pieces_and_what_comes_with_the_end(tmp_path: Path,
         await ann.send_all(ann.protocol.send(TextMessage(data=ping(2))) + whole[:3])
         ann.wire.send_eof()
         assert (await ann.until(lambda message: message.get("id") == "p2"))["type"] == "pong"
+
+
+@pytest.mark.parametrize("code", [0, 1005, 5000])
+async def test_a_close_frame_that_may_not_be_is_judged_by_trio_websocket(
+    tmp_path: Path, autojump_clock: MockClock, code: int
+) -> None:
+    """Heard without a task, like other frames: it must not escape there, where it would end the server."""
+    async with play(tmp_path / "m.db", game=Puppet()) as world:
+        ann = await world.websocket("ann")
+        await ann.send_all(b"\x88\x82\0\0\0\0" + code.to_bytes(2, "big"))
+        assert (await ann.until_type("closed"))["code"] == 1002
+        await world.websocket("bob")

@@ -236,8 +236,8 @@ class Dispatcher:
         while True:
             await self._gathered.wait()
             if several:
-                # There is traffic: what this turn of the loop still brings goes with it. A commit costs 100 µs, whatever
-                # is in it; at half of the greatest rate of POSTs they were 5 each, and took half of the processor.
+                # There is traffic: what this turn of the loop still brings goes with it. A commit costs 100 µs,
+                # whatever is in it; at half of the greatest rate of POSTs it had 5, and took half of the processor.
                 await trio.lowlevel.checkpoint()
             batch = self._take_batch()
             several = len(batch) > 1 or batch[0].asked > 1

@@ -205,8 +205,8 @@ class WebSocketChannel:
     def _hear_now(self, connection: Connection, kind: int, payload: bytes) -> bool:
         """Take a frame, if nothing about it has to wait; whether that is so."""
         if kind == frames.CLOSE:
-            # Then the link has ended, and that tells the task.
-            self._poller.at_end(partial(self._control, connection, kind, payload))
+            # When it is answered the link has ended, and that tells the task.
+            self._poller.at_end(partial(self._link.last_words, *self._farewell(payload), by="client"))
             return True
         if kind != frames.TEXT:
             self._control(connection, kind, payload)
@@ -262,13 +262,15 @@ class WebSocketChannel:
         elif kind == frames.PING:
             connection.answer_ping(payload)
         else:
-            code, reason = frames.closing_words(payload)
-            self.left_with = Close(code, reason or "the client left", ErrorType.CONNECTION)
-            # RFC 6455, section 5.5.1: it is answered by one with the same code.
-            self._link.last_words(
-                wire.close_frame(code, "") if payload else wire.EMPTY_CLOSE, self.left_with, by="client"
-            )
+            self._link.last_words(*self._farewell(payload), by="client")
         return kind == frames.CLOSE
+
+    def _farewell(self, payload: bytes) -> tuple[bytes, Close]:
+        """What the client's last frame is answered, and what it says; `Unusual` if it may not say that."""
+        code, reason = frames.closing_words(payload)
+        self.left_with = Close(code, reason or "the client left", ErrorType.CONNECTION)
+        # RFC 6455, section 5.5.1: it is answered by one with the same code.
+        return wire.close_frame(code, "") if payload else wire.EMPTY_CLOSE, self.left_with
 
     async def _take_over(self, connection: Connection, rest: bytes) -> None:
         """From here on trio-websocket reads. *rest*: what has come and was not taken, from a frame's beginning."""

@@ -159,6 +159,14 @@ class Platter:
         self.marks.append(Mark(size, len(self.truth.events), self.forced))
         self.forced = False
 
+    def checkpointed(self) -> None:
+        """A step may have written back some of the log: SQLite has forced all of the log to the disk then, and after
+        it the file (its documentation of WAL, "Checkpointing"). The log stays as it is until it begins anew."""
+        if self._stamp() != self._file:
+            self._file = self._stamp()
+            self.forced = True
+            self.mark()
+
     def copy(self) -> Copy:
         """All of it, as an operator copies it, or as the machine's memory still holds it."""
         if self._stamp() != self._file:
@@ -213,6 +221,10 @@ class Recorded(SqliteDatabase):
     def note(self, notes: Notes) -> None:
         super().note(notes)
         self.platter.mark()
+
+    def checkpoint(self) -> None:
+        super().checkpoint()
+        self.platter.checkpointed()
 
     def clean(self, now: float, bounds: Bounds, *, slice_rows: int = 500) -> Cleaned:
         cleaned = super().clean(now, bounds, slice_rows=slice_rows)
