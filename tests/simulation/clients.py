@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 import wsproto
@@ -586,6 +586,10 @@ class Publication:
     """Requests that had the same id and another content."""
 
 
+# What a request says that has the ids of another one.
+OTHER: Final = "other"
+
+
 @define(eq=False)
 class Publishers:
     world: World
@@ -624,7 +628,7 @@ class Publishers:
         items = known[-1].items
         if other:
             known[-1].others += 1
-            items = [item | {"message": item["message"] | {"content": "other"}} for item in items]
+            items = [item | {"message": item["message"] | {"content": OTHER}} for item in items]
             await self.world.request("POST", "/api/messages", items if len(items) > 1 else items[0])
         else:
             await self._ask(known[-1], items, -1)

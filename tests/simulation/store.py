@@ -115,10 +115,30 @@ class Truth:
 
 
 @frozen
-class Mark:
-    """After a commit: how long SQLite's log was, how much had happened, whether it was forced to the disk."""
+class Wal:
+    """SQLite's log as a reader finds it: which beginning it has, and how far it is good (SQLite's file format, section
+    4.1). When all of it has been written back the next commit begins it anew: the file keeps its length."""
 
-    wal: int
+    salt: bytes = b""
+    size: int = 0
+
+    @classmethod
+    def of(cls, path: Path) -> Wal:
+        data = path.read_bytes() if path.exists() else b""
+        if len(data) < 32:
+            return cls()
+        salt, frame = data[16:24], 24 + int.from_bytes(data[8:12], "big")
+        end = 32
+        while data[end + 8 : end + 16] == salt:
+            end += frame
+        return cls(salt, end)
+
+
+@frozen
+class Mark:
+    """After a commit: SQLite's log, how much had happened, whether it was forced to the disk."""
+
+    wal: Wal
     events: int
     forced: bool
 
@@ -155,17 +175,15 @@ class Platter:
 
     def mark(self) -> None:
         """A call that writes is over."""
-        size = self.wal.stat().st_size if self.wal.exists() else 0
-        self.marks.append(Mark(size, len(self.truth.events), self.forced))
+        self.marks.append(Mark(Wal.of(self.wal), len(self.truth.events), self.forced))
         self.forced = False
 
     def checkpointed(self) -> None:
-        """A step may have written back some of the log: SQLite has forced all of the log to the disk then, and after
-        it the file (its documentation of WAL, "Checkpointing"). The log stays as it is until it begins anew."""
-        if self._stamp() != self._file:
-            self._file = self._stamp()
-            self.forced = True
-            self.mark()
+        """Some of the log has been written back: SQLite has forced all of the log to the disk before, and after it the
+        file (its documentation of WAL, "Checkpointing"). The log stays as it is until it begins anew."""
+        self._file = self._stamp()
+        self.forced = True
+        self.mark()
 
     def copy(self) -> Copy:
         """All of it, as an operator copies it, or as the machine's memory still holds it."""
@@ -178,7 +196,9 @@ class Platter:
         last = max((index for index, mark in enumerate(self.marks) if mark.forced), default=0)
         mark = self.marks[chance.randint(last, len(self.marks) - 1)]
         whole = self.copy()
-        return Copy(whole.file, whole.wal[: mark.wal], mark.events)
+        # If the log has begun anew since then, all of the former one is in the file.
+        same = mark.wal.salt == Wal.of(self.wal).salt
+        return Copy(whole.file, whole.wal[: mark.wal.size] if same else b"", mark.events)
 
     def put_back(self, copy: Copy) -> None:
         for end in ("", "-wal", "-shm"):
@@ -223,8 +243,10 @@ class Recorded(SqliteDatabase):
         self.platter.mark()
 
     def checkpoint(self) -> None:
+        due = self.checkpoint_due
         super().checkpoint()
-        self.platter.checkpointed()
+        if due:  # what the file system says of the file's time is 4 ms old, and that is a long time here
+            self.platter.checkpointed()
 
     def clean(self, now: float, bounds: Bounds, *, slice_rows: int = 500) -> Cleaned:
         cleaned = super().clean(now, bounds, slice_rows=slice_rows)
