@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 import trio
+import trio.testing
 from trio.testing import MockClock
 
 from mythos_trio.turns import PLACES, Turns
@@ -130,3 +132,26 @@ async def test_a_call_waits_for_a_turn_without_a_task() -> None:
         assert "".join(gauge.order) == "abcde"
         assert max(gauge.done.values()) == 2
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("places", [1, 3])
+async def test_what_is_said_last_is_said_though_nobody_comes_any_more(places: int) -> None:
+    """Also by those who had to wait for their place: they run when that turn is nearly over."""
+    said: list[int] = []
+    async with running(places) as (turns, _, nursery):
+
+        async def leave(number: int) -> None:
+            await turns.take(begun=True)
+            turns.at_end(lambda: said.append(number))
+
+        async with trio.open_nursery() as leaving:
+            for number in range(10):
+                leaving.start_soon(leave, number)
+        await trio.testing.wait_all_tasks_blocked()
+        assert sorted(said) == list(range(10))
+        turns.at_end(lambda: said.append(10))
+        await trio.testing.wait_all_tasks_blocked()
+        assert said[-1] == 10
+        turns.at_end(lambda: said.append(11))
+        nursery.cancel_scope.cancel()
+    assert said[-1] == 11
