@@ -1017,6 +1017,7 @@ async def test_a_crash_without_a_task_is_500(door: Door) -> None:
     door.fakes.let_in = let_in
     (answer,) = await door.ask(STREAM)
     assert (answer.status, door.log.count("Request crashed")) == (500, 1)
+    await trio.testing.wait_all_tasks_blocked()
     assert not door.ledger.links
 
 
@@ -1078,3 +1079,17 @@ async def test_a_hard_end_closes_who_is_being_let_in(settings: Settings) -> None
     at.handed_over()
     assert [await stream.receive_all() for stream in (client, silent)] == [b"", b""]
     assert not door.ledger.links
+
+
+async def test_a_crash_before_the_head_is_known_is_one_connections(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What looks at a head without a task must not end the server."""
+
+    def crash(*_: object, **__: object) -> None:
+        raise RecursionError("a bug")
+
+    monkeypatch.setattr(door.front._access, "check", crash)
+    (answer,) = await door.ask(STREAM)
+    assert (answer.status, door.log.count("Request crashed")) == (500, 1)
+    monkeypatch.undo()
+    assert await door.connect(STREAM).receive_until(b"now") == b"yours now"
+    door.fakes.links[0].close()

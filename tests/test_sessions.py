@@ -818,3 +818,25 @@ async def test_a_timer_of_a_session_that_is_ending_ends_nothing(tmp_path: Path, 
         await world.server.registrar.end("ann")
         trio.lowlevel.remove_instrument(timers)  # it is gone, if it has raised
         assert timers.set
+
+
+async def test_a_rush_of_newcomers_finds_their_sessions_though_no_grace_is_given(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """They are admitted in one commit, and more than have a place in a turn: nobody's session ends before its turn."""
+    game = Puppet()
+    async with play(tmp_path / "m.db", game=game, linkdead_grace=0, max_total_connections=200) as world:
+        clients: list[WebSocketClient] = []
+
+        async def come(number: int) -> None:
+            clients.append(await world.websocket(f"p{number}"))
+
+        async with trio.open_nursery() as nursery:
+            for number in range(60):
+                nursery.start_soon(come, number)
+        assert [client.status for client in clients] == [101] * 60
+        assert world.server.hub.storage.commits <= 60 + 3
+        assert all(session.online for session in world.server.hub.sessions.values())
+        assert len(world.server.hub.sessions) == 60
+        for client in clients:
+            client.close()

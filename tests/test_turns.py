@@ -155,3 +155,31 @@ async def test_what_is_said_last_is_said_though_nobody_comes_any_more(places: in
         turns.at_end(lambda: said.append(11))
         nursery.cancel_scope.cancel()
     assert said[-1] == 11
+
+
+async def test_calls_and_tasks_take_turns() -> None:
+    async with running(2) as (turns, gauge, nursery):
+
+        async def come(name: str) -> None:
+            await turns.take()
+            gauge.do(name)
+
+        def call(name: str) -> None:
+            if turns.take_now():
+                gauge.do(name)
+            else:
+                turns.call(lambda: call(name))
+
+        call("x")
+        call("y")
+        for number in range(3):
+            nursery.start_soon(come, f"task {number}")
+        await trio.testing.wait_all_tasks_blocked(0)
+        for number in range(6):
+            call(f"call {number}")
+        while turns.waiting:
+            await trio.lowlevel.checkpoint()
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(gauge.order) == 11
+        assert gauge.order.index("task 2") < gauge.order.index("call 5")
+        nursery.cancel_scope.cancel()

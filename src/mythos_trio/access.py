@@ -459,7 +459,7 @@ def _decode(token: str, key: str) -> dict[str, Any]:
         raise TokenError("bad_signature", "the token was not signed with this server's SECRET_KEY") from None
     except jwt.InvalidAlgorithmError:
         raise TokenError("bad_signature", f"the token is not signed by {ALGORITHM}") from None
-    except (jwt.PyJWTError, ValueError) as error:
+    except (jwt.PyJWTError, ValueError, RecursionError) as error:  # some versions let a deep header's JSON through
         raise TokenError("malformed", f"not a token of this server: {error}") from None
 
 

@@ -271,6 +271,7 @@ class Connection:
         self._wait_between().first += then
         self._start = start
         self.link.on_express = self._express
+        self.hub.apart[self] = None  # a round that comes first writes all of it
 
     def end(self, close: Close, *, by: str = "server", retry_ms: int | None = None) -> None:
         """Say the last words and stop: its task ends."""

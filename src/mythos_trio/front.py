@@ -445,13 +445,18 @@ class Front:
             link.close()
             self.leave(newcomer)
             return
+        self._hear_first(newcomer, data)
+
+    def _hear_first(self, newcomer: _Newcomer, data: bytes) -> None:
         try:
             if not self._lets_in(newcomer, data):
                 self._tend(newcomer, data)
-        except Refusal:
-            self._tend(newcomer, data)  # nothing has been done: its task comes to the same end, and says it
         except Exception as error:
-            newcomer.crashed(error)
+            if newcomer.head is None:
+                # Nothing has been done: its task comes to the same refusal, or crash, and says it.
+                self._tend(newcomer, data)
+            else:
+                newcomer.crashed(error)
 
     def _lets_in(self, newcomer: _Newcomer, data: bytes) -> bool:
         """Whether a newcomer's first words are of the kind that needs no task; then it is being let in."""
@@ -489,8 +494,6 @@ class Front:
 
     def _tend(self, newcomer: _Newcomer, begun: bytes) -> None:
         """Have a task read the first head, of which *begun* has come."""
-        self._let_go(newcomer)
-        newcomer.tended.link.unwatch()
         newcomer.scope = trio.CancelScope()
         self._start(newcomer, self._connection, newcomer, begun)
 
@@ -498,13 +501,19 @@ class Front:
         """Have a task let it in, or turn it down."""
         if newcomer not in newcomer.doorway.newcomers:
             return  # the server has stopped
-        self._let_go(newcomer)
-        newcomer.tended.link.unwatch()
         self._start(newcomer, self._go_on, newcomer, call)
 
     def _start(self, newcomer: _Newcomer, function: Callable[..., Awaitable[None]], *arguments: object) -> None:
         link = newcomer.tended.link
-        newcomer.doorway.nursery.start_soon(function, *arguments, name=f"connection from {link.peer}:{link.peer_port}")
+        name = f"connection from {link.peer}:{link.peer_port}"
+        link.unwatch()
+        try:
+            newcomer.doorway.nursery.start_soon(function, *arguments, name=name)
+        except RuntimeError:  # the server is stopping, hard, and nobody is left to see to it
+            link.close()
+            self.leave(newcomer)
+        else:
+            self._let_go(newcomer)
 
     # One connection with a task.
 

@@ -357,8 +357,12 @@ class LiveSession:
         try:
             yield
         finally:
-            self.arriving -= 1
-            self._begin_grace()
+            self.arrived()
+
+    def arrived(self) -> None:
+        """One that has been counted as `arriving` waits no longer."""
+        self.arriving -= 1
+        self._begin_grace()
 
     def attach(self, connection: Connection) -> None:
         """A connection has been accepted: from now on it reads the log."""

@@ -186,6 +186,9 @@ class Streams:
                 door.start(partial(self._enter, arrival))
         except Refusal as refusal:
             door.start(partial(self._turn_down, arrival, refusal))
+        except Exception as error:
+            self._arriving -= 1
+            door.crashed(error)
 
     def _admitted(self, arrival: _Arrival, door: Door, check: Callable[[], None] = lambda: None) -> None:
         """An admission has been stored, or not, as *check* tells; or it is its turn. Nothing escapes."""
@@ -200,22 +203,32 @@ class Streams:
             door.crashed(error)
 
     def _enter_now(self, arrival: _Arrival, door: Door) -> bool:
-        """Let the client in, now or when it is its turn, if its session lives and nothing has to be read."""
+        """Let the client in if its session lives: now, or when it is its turn, or in a task if something has to be
+        read."""
         wish = arrival.wish
         session = self._registrar.joinable(arrival.player_id, wish.session_id)
         if session is None:
             return False
         if not self._turns.take_now():
-            self._turns.call(partial(self._admitted, arrival, door))
+            session.arriving += 1  # no grace ends meanwhile
+            self._turns.call(partial(self._in_turn, arrival, door, session))
             return True
         resume = self._make_room(session, wish)
         if resume.after < session.floor:
-            return False
+            session.arriving += 1
+            door.start(partial(self._enter_held, arrival, session))
+            return True
         if not arrival.link.closed:  # else the server has stopped meanwhile, hard
             self._open(arrival, session, resume, None)
         self._arriving -= 1
         door.handed_over()
         return True
+
+    def _in_turn(self, arrival: _Arrival, door: Door, session: LiveSession) -> None:
+        try:
+            self._admitted(arrival, door)
+        finally:
+            session.arrived()
 
     # Letting in, in a task of the front door.
 
@@ -241,6 +254,12 @@ class Streams:
             await self._refuse(arrival, refusal)
         finally:
             self._arriving -= 1
+
+    async def _enter_held(self, arrival: _Arrival, session: LiveSession) -> None:
+        try:
+            await self._enter(arrival)
+        finally:
+            session.arrived()
 
     async def _turn_down(self, arrival: _Arrival, refusal: Refusal) -> None:
         try:
@@ -415,7 +434,10 @@ class Streams:
 
     def _check_room(self, session: LiveSession, replaces: str | None) -> None:
         """Keep to MAX_CONNECTIONS_PER_PLAYER. Who may be dead is asked before anybody is refused."""
-        others = [connection for connection in session.connections.values() if connection.id != replaces]
+        # Those that are over are still attached until it is their turn to leave.
+        others = [
+            c for c in session.connections.values() if c.id != replaces and c.over is None and c.link.ended is None
+        ]
         if len(others) < self._context.settings.max_connections_per_player:
             return
         now = trio.current_time()

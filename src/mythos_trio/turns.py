@@ -18,7 +18,8 @@ PLACES: Final = 16
 
 
 class Turns:
-    """*places* in each turn. Those that have begun go first, so that they get through; the others in their order."""
+    """*places* in each turn. Those that have begun go first, so that they get through; the others, whether tasks or
+    calls, take turns."""
 
     def __init__(self, places: int = PLACES) -> None:
         self._places = places
@@ -28,6 +29,7 @@ class Turns:
         self._calls: deque[Callable[[], None]] = deque()
         self._last: list[Callable[[], object]] = []
         self._taken = trio.Event()
+        self._over = False
 
     @property
     def waiting(self) -> int:
@@ -53,6 +55,9 @@ class Turns:
         and the kernel has to wake it, which takes longer than to send: 22 µs each for those that come in the same
         moment, and 7 in a row.
         """
+        if self._over:
+            call()
+            return
         self._last.append(call)
         self._taken.set()  # its place may have been that of a turn that is over
 
@@ -71,11 +76,13 @@ class Turns:
                     await trio.lowlevel.checkpoint()
                     self._left = self._places
                     self._let_go_on(self._begun)
-                    while self._left and self._calls:
-                        self._calls.popleft()()
+                    while self._left and (self._calls or self._new):
+                        if self._calls:
+                            self._calls.popleft()()
+                        self._let_go_on(self._new, 1)
                     self._end_turn()
-                    self._let_go_on(self._new)
         finally:
+            self._over = True  # tasks that end with this one may still have something to say
             self._end_turn()
 
     def _end_turn(self) -> None:
@@ -83,5 +90,6 @@ class Turns:
         for call in calls:
             call()
 
-    def _let_go_on(self, lot: trio.lowlevel.ParkingLot) -> None:
-        self._left -= len(lot.unpark(count=self._left)) if self._left else 0
+    def _let_go_on(self, lot: trio.lowlevel.ParkingLot, most: int | None = None) -> None:
+        count = self._left if most is None else min(self._left, most)
+        self._left -= len(lot.unpark(count=count)) if count else 0
