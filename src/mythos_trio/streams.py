@@ -178,27 +178,32 @@ class Streams:
         """Let a client in, and tell *door* when that is done."""
         arrival = _Arrival(link, head, visitor, player, transport, trio.current_time())
         self._arriving += 1
-        try:
+
+        def ask() -> bool:
             arrival.wish = self._wish(head, visitor, player)
             if self._enter_now(arrival, door):
-                return
-            if not self._registrar.admit(player, arrival.wish.session_id, partial(self._admitted, arrival, door)):
-                door.start(partial(self._enter, arrival))
-        except Refusal as refusal:
-            door.start(partial(self._turn_down, arrival, refusal))
-        except Exception as error:
-            self._arriving -= 1
-            door.crashed(error)
+                return True
+            return self._registrar.admit(player, arrival.wish.session_id, partial(self._admitted, arrival, door))
+
+        self._attempt(arrival, door, ask)
 
     def _admitted(self, arrival: _Arrival, door: Door, check: Callable[[], None] = lambda: None) -> None:
-        """An admission has been stored, or not, as *check* tells; or it is its turn. Nothing escapes."""
-        try:
+        """An admission has been stored, or not, as *check* tells; or it is its turn."""
+
+        def enter() -> bool:
             check()
-            if not self._enter_now(arrival, door):
+            return self._enter_now(arrival, door)
+
+        self._attempt(arrival, door, enter)
+
+    def _attempt(self, arrival: _Arrival, door: Door, enter: Callable[[], bool]) -> None:
+        """Let a client in by *enter*; where that cannot be done by calls, in a task. Nothing escapes."""
+        try:
+            if not enter():
                 door.start(partial(self._enter, arrival))
         except Refusal as refusal:
             door.start(partial(self._turn_down, arrival, refusal))
-        except Exception as error:
+        except Exception as error:  # the door logs and counts it, and ends the connection
             self._arriving -= 1
             door.crashed(error)
 
