@@ -215,6 +215,34 @@ class Logger(structlog.BoundLoggerBase):
             _state.sink(Lines(line))
 
 
+class Gathered:
+    """Lines of one moment, told in its end: those that say the same of different things in one go (`Lines`).
+
+    :param at_end: has a function called at the end of the moment; a thousand players may come, or leave, in one.
+    """
+
+    def __init__(self, log: Logger, at_end: Callable[[Callable[[], object]], None]) -> None:
+        self._log = log
+        self._at_end = at_end
+        self._rows: dict[str, list[Event]] = {}
+
+    def info(self, event: str, row: Event) -> None:
+        """As `Logger.info_each` with one row."""
+        rows = self._rows.get(event)
+        if rows is not None:
+            rows.append(row)
+            return
+        first = not self._rows
+        self._rows[event] = [row]
+        if first:
+            self._at_end(self._tell)
+
+    def _tell(self) -> None:
+        told, self._rows = self._rows, {}
+        for event, rows in told.items():
+            self._log.info_each(event, rows)
+
+
 def _add_facts(_logger: Any, level: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     event["level"] = level
     event["timestamp"] = time.time()
@@ -351,7 +379,8 @@ def render_console(lines: Lines, colours: bool) -> str:
     head = _head(int(fields.pop("timestamp")), level, fields.pop("component", ""), str(fields.pop("event")))
     begin, end = (f"\x1b[{_COLOURS[level]}m", "\x1b[0m\n") if colours and level in _COLOURS else ("", "\n")
     if lines.rows:
-        text = "".join([f"{begin}{head}{_show_fields({**fields, **row})}{end}" for row in lines.rows])
+        rows = [{**fields, **row} for row in lines.rows] if fields else lines.rows
+        text = "".join([f"{begin}{head}{_show_fields(row)}{end}" for row in rows])
     else:
         text = f"{begin}{head}{_show_fields(fields)}{end}"
     return text if exception is None else f"{text}{exception}\n"

@@ -47,6 +47,7 @@ from mythos_trio.dispatcher import Submission, raise_if_refused
 from mythos_trio.handlers import Context, LeaveOwed, draining, pay_leave
 from mythos_trio.session import LiveSession, Why
 from mythos_trio.storage import SessionRow, StoreError
+from mythos_trio.turns import Turns
 
 if TYPE_CHECKING:
     from mythos_trio.hub import Hub
@@ -105,8 +106,9 @@ class SwitchResult:
 class Registrar:
     """See the module's docstring. `run` is its nursery."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, turns: Turns) -> None:
         self._context = context
+        self._lines = logs.Gathered(log, turns.at_end)
         self._changes: dict[str, _Change] = {}
         self._crashes: OrderedDict[str, deque[float]] = OrderedDict()
         self._removed: OrderedDict[str, float] = OrderedDict()
@@ -416,10 +418,9 @@ class Registrar:
 
     def _tell_begun(self, row: SessionRow) -> None:
         self._context.statistics.session("created")
-        log.info(
+        self._lines.info(
             "Session begun after session validation: the player had none",
-            player_id=row.player_id,
-            session_id=row.session_id,
+            {"player_id": row.player_id, "session_id": row.session_id},
         )
 
     # The other changes.

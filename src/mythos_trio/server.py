@@ -51,6 +51,7 @@ from mythos_trio.sse import SSETransport
 from mythos_trio.statistics import Statistics
 from mythos_trio.storage import Database, Recovered, Runner, Storage, StoreError, ThreadRunner
 from mythos_trio.streams import Streams
+from mythos_trio.turns import Turns
 from mythos_trio.websocket import WebSocketTransport
 
 if TYPE_CHECKING:
@@ -158,8 +159,9 @@ class Server:
         )
         self._randomness = randomness
         self.access = Access(settings, clock)
-        self.registrar = Registrar(self.context)
-        self.streams = Streams(self.context, self.registrar, self.access)
+        turns = Turns()
+        self.registrar = Registrar(self.context, turns)
+        self.streams = Streams(self.context, self.registrar, self.access, turns)
         self.ledger = Ledger(self.hub)
         self.poller = Poller(self.context.stage)
         self.checker = Checker(self.context, self.registrar, self._failures, self.ledger.look)

@@ -137,7 +137,8 @@ class Door(Protocol):
 class Streams:
     """Both transports' connections. `run` is the nursery of what outlives a session by a moment."""
 
-    def __init__(self, context: Context, registrar: Registrar, access: Access) -> None:
+    def __init__(self, context: Context, registrar: Registrar, access: Access, turns: Turns) -> None:
+        """:param turns: `run` gives their places."""
         self._context = context
         self._registrar = registrar
         self._access = access
@@ -146,7 +147,8 @@ class Streams:
         self._commands = Buckets(settings.rate_limit_requests, settings.rate_limit_window)
         self._abuse = Buckets(settings.rate_limit_requests, settings.rate_limit_window)
         self._frames = Buckets(settings.rate_limit_requests * FRAMES_A_COMMAND, settings.rate_limit_window)
-        self._turns = Turns()
+        self._turns = turns
+        self._lines = logs.Gathered(log, turns.at_end)
         self._nursery: trio.Nursery | None = None
         self._arriving = 0
         self._lingering = 0
@@ -540,16 +542,20 @@ class Streams:
     ) -> None:
         ms = (trio.current_time() - arrival.began) * 1000
         self._context.statistics.established(connection.transport, ms)
-        (log.warning if ms > 1000 else log.info)(
-            f"{arrival.transport.title} connected",
-            establishment_time_ms=round(ms, 3),
-            resumed=resumed,
-            position=position,
-            address=connection.address,
-            player_id=session.player_id,
-            session_id=session.session_id,
-            connection_id=connection.id,
-        )
+        event = f"{arrival.transport.title} connected"
+        row = {
+            "establishment_time_ms": round(ms, 3),
+            "resumed": resumed,
+            "position": position,
+            "address": connection.address,
+            "player_id": session.player_id,
+            "session_id": session.session_id,
+            "connection_id": connection.id,
+        }
+        if ms > logs.SLOW_MS:
+            log.warning(event, **row)
+        else:
+            self._lines.info(event, row)
         if log.is_enabled_for(logging.DEBUG):
             log.debug(
                 "Session ID", player_id=session.player_id, session_id=session.session_id, wanted=arrival.wish.session_id
@@ -608,14 +614,16 @@ class Streams:
             "session_id": session.session_id,
             "connection_id": connection.id,
         }
-        log.info(
+        self._lines.info(
             f"{transport.title} disconnected",
-            code=close.code,
-            reason=close.reason,
-            ended_by=by,
-            duration_seconds=round(trio.current_time() - connection.opened, 3),
-            **fields,
-            **_advice(close),
+            {
+                "code": close.code,
+                "reason": close.reason,
+                "ended_by": by,
+                "duration_seconds": round(trio.current_time() - connection.opened, 3),
+                **fields,
+                **_advice(close),
+            },
         )
         if lost or link.unsent:
             self._context.statistics.failed(max(1, lost), "cut")
