@@ -201,6 +201,10 @@ class Access:
         self._trusted: tuple[Network, ...] = settings.trusted_proxies
         self._origins = frozenset(settings.cors_origins)
         self._warned: set[str] = set()
+        # Visitors by the address of the socket's other end, as they are if no proxy speaks for anybody.
+        self._known_visitor = lru_cache(REMEMBERED)(
+            lambda peer: self._new_visitor(peer, trusted=self._is_trusted(peer), proxied=False)
+        )
 
     def check(self, head: RequestHead, peer: str, *, open_path: bool = False) -> Visitor:
         """Who asks, or the 403 or 400 refusal of a request that must not be served at all.
@@ -217,8 +221,11 @@ class Access:
     # Who asks.
 
     def _visitor(self, head: RequestHead, peer: str) -> Visitor:
-        trusted = self._is_trusted(peer)
-        forwarding = sorted({name for name, _ in head.headers if _is_forwarding(name)})
+        forwarding = sorted({name for name, _ in head.headers if name[:1] in "xfv" and _is_forwarding(name)})
+        plain = self._known_visitor(peer)
+        if not (forwarding or plain.trusted_peer):
+            return plain
+        trusted = plain.trusted_peer
         if forwarding and not trusted:
             self._warn_once(
                 peer,
@@ -226,10 +233,12 @@ class Access:
                 address=peer,
                 headers=forwarding,
             )
-        address = self._client(head, peer) if trusted else peer
+        return self._new_visitor(self._client(head, peer) if trusted else peer, trusted=trusted, proxied=True)
+
+    def _new_visitor(self, address: str, *, trusted: bool, proxied: bool) -> Visitor:
         return Visitor(
             address=address,
-            proxied=trusted or bool(forwarding),
+            proxied=proxied,
             trusted_peer=trusted,
             protected=self._settings.protected,
             loopback=_is_loopback(address),

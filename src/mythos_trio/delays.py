@@ -27,14 +27,14 @@ class Delays(Generic[T]):
         self._over_at: OrderedDict[T, float] = OrderedDict()
         self._some = trio.Event()
 
-    def begin(self, waiting: T) -> None:
-        """It begins now, for a second time too."""
+    def begin(self, waiting: T, now: float | None = None) -> None:
+        """It begins now, for a second time too. *now*: of `trio.current_time`, for who has asked already."""
         over_at = self._over_at
         if not over_at:
             self._some.set()
         elif waiting in over_at:
             del over_at[waiting]
-        over_at[waiting] = trio.current_time() + self._seconds
+        over_at[waiting] = (trio.current_time() if now is None else now) + self._seconds
 
     def end(self, waiting: T) -> None:
         """What was waited for has come, or nobody waits any more. Idempotent."""

@@ -388,10 +388,10 @@ class Front:
 
     def _admit(self, wire: Wire, doorway: _Doorway) -> None:
         link = Link(wire, write_timeout=self._settings.write_timeout, start=doorway.nursery.start_soon)
-        tended = self._ledger.admit(link)
+        tended = self._ledger.admit(link, link.last_received)
         newcomer = tended.owner = _Newcomer(self, doorway, tended, tended.since)
         self._handshakes[newcomer] = doorway.newcomers[newcomer] = None
-        self._silent.begin(newcomer)
+        self._silent.begin(newcomer, tended.since)
         if link.try_watch(self._poller, newcomer.hear) is not None:
             self._tend(newcomer, b"")
 

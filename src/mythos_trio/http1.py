@@ -12,7 +12,7 @@ import email.utils
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, Final
@@ -47,6 +47,7 @@ _PLAIN: Final = re.compile(
     rb"([A-Z]{3,7}) (/[!-~]*) HTTP/1\.1\r\n"
     rb"((?:[A-Za-z0-9_-]+: ?[!-~](?:[ -~]*[!-~])?\r\n)+)\r\n"
 )
+_PLAIN_HEADER: Final = re.compile(r"([^:]+): ?([^\r]+)\r\n")
 _MAX_DIGITS: Final = 15
 _DIGITS: Final = re.compile(rf"[0-9]{{1,{_MAX_DIGITS}}}")
 _LENGTH: Final = re.compile(rb"(?i)\r\ncontent-length: ?([0-9]+)\r\n")
@@ -187,13 +188,8 @@ def _parse_plain(raw: bytes) -> Head | None:
     match = _PLAIN.fullmatch(raw)
     if match is None:
         return None
-    headers = []
-    values: dict[str, str] = {}
-    for line in match[3].decode("ascii").split("\r\n")[:-1]:
-        name, _, value = line.partition(":")
-        name, value = name.lower(), value.lstrip(" ")
-        headers.append((name, value))
-        values[name] = f"{values[name]}, {value}" if name in values else value
+    headers = tuple([(name.lower(), value) for name, value in _PLAIN_HEADER.findall(match[3].decode("ascii"))])
+    values = _by_name(headers)
     length = values.get("content-length")
     host = values.get("host")
     if (
@@ -206,7 +202,16 @@ def _parse_plain(raw: bytes) -> Head | None:
         return None
     method, target = match[1].decode(), match[2].decode()
     path, query = _parse_target(method, target, host)
-    return Head(method, target, path, query, tuple(headers), "1.1", raw, values)
+    return Head(method, target, path, query, headers, "1.1", raw, values)
+
+
+def _by_name(headers: Sequence[tuple[str, str]]) -> dict[str, str]:
+    values = dict(headers)
+    if len(values) < len(headers):
+        values.clear()
+        for name, value in headers:
+            values[name] = f"{values[name]}, {value}" if name in values else value
+    return values
 
 
 class Repeated:
@@ -269,9 +274,7 @@ def _parse_strictly(raw: bytes) -> Head:
     if len(request.headers) > MAX_HEADERS:
         raise HttpRefusal(431, f"more than {MAX_HEADERS} headers")
     headers = tuple((name.decode(), value.decode("latin-1")) for name, value in request.headers)
-    values: dict[str, str] = {}
-    for name, value in headers:
-        values[name] = f"{values[name]}, {value}" if name in values else value
+    values = _by_name(headers)
     if "transfer-encoding" in values and ("content-length" in values or version == "1.0"):
         raise HttpRefusal(400, "Transfer-Encoding with a Content-Length, or in HTTP/1.0")
     method, target = request.method.decode(), request.target.decode()

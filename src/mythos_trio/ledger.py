@@ -207,9 +207,12 @@ class Ledger:
 
     # Links: one entry each.
 
-    def admit(self, link: Link) -> Tended:
-        """A link was accepted: it is known until it is closed, and the front door has done with it."""
-        tended = self.links[link] = Tended(link)
+    def admit(self, link: Link, since: float) -> Tended:
+        """A link was accepted: it is known until it is closed, and the front door has done with it.
+
+        :param since: of `trio.current_time`.
+        """
+        tended = self.links[link] = Tended(link, since=since)
         link.on_closed = self._closed
         return tended
 

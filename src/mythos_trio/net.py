@@ -329,6 +329,8 @@ def set_options(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
+_INT: Final = bytes(4)
+
+
 def _ioctl_count(sock: socket.socket, request: int) -> int:
-    count: int = struct.unpack("i", fcntl.ioctl(sock, request, bytes(4)))[0]
-    return count
+    return int.from_bytes(fcntl.ioctl(sock, request, _INT), sys.byteorder)

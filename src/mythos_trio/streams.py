@@ -178,7 +178,7 @@ class Streams:
 
     def arrive(self, link: Link, head: Head, visitor: Visitor, player: str, transport: Transport, door: Door) -> None:
         """Let a client in, and tell *door* when that is done."""
-        arrival = _Arrival(link, head, visitor, player, transport, trio.current_time())
+        arrival = _Arrival(link, head, visitor, player, transport, link.last_received)
         self._arriving += 1
 
         def ask() -> bool:

@@ -61,6 +61,14 @@ _HANDSHAKE: Final = (
 )
 
 
+def _chosen_protocol(header: str | None) -> str | None:
+    """One of the subprotocols that ``Sec-WebSocket-Protocol`` offers."""
+    if header is None:
+        return None
+    offered = {word.strip() for word in header.split(",")}
+    return next((name for name in SUBPROTOCOLS if name in offered), None)
+
+
 class WebSocketTransport:
     name = "websocket"
     title = "WebSocket"
@@ -86,17 +94,12 @@ class WebSocketTransport:
         """
         key = (head.header("sec-websocket-key") or "").encode()
         accept = b64encode(hashlib.sha1(key + _GUID, usedforsecurity=False).digest()).decode()
-        offered = {word.strip() for word in (head.header("sec-websocket-protocol") or "").split(",")}
-        chosen = next((name for name in SUBPROTOCOLS if name in offered), None)
-        lines = [
-            "HTTP/1.1 101 Switching Protocols",
-            "Upgrade: websocket",
-            "Connection: Upgrade",
-            f"Sec-WebSocket-Accept: {accept}",
-            f"Server-Id: {self._server_id}",
-            *(() if chosen is None else (f"Sec-WebSocket-Protocol: {chosen}",)),
-        ]
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+        chosen = _chosen_protocol(head.header("sec-websocket-protocol"))
+        protocol = "" if chosen is None else f"Sec-WebSocket-Protocol: {chosen}\r\n"
+        return (
+            "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Accept: {accept}\r\nServer-Id: {self._server_id}\r\n{protocol}\r\n"
+        ).encode("latin-1")
 
     async def refuse(self, link: Link, head: Head, refusal: Refusal) -> None:
         """A stranger gets an HTTP status; a client of ours is accepted, told ``disconnect`` and closed,

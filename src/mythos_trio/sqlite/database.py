@@ -59,7 +59,8 @@ _NOTED: Final = """
         state = CASE WHEN ended_at IS NULL THEN ? ELSE state END,
         told = CASE WHEN ended_at IS NULL THEN ? ELSE told END,
         owed = CASE WHEN ended_at IS NULL THEN ? ELSE owed END,
-        last_online = coalesce(?, last_online)
+        last_online = coalesce(?, last_online),
+        seen = max(seen, ?)
     WHERE player_id = ? AND session_id = ?"""
 _ABANDONED: Final = Refused(Reason.FAILED, "abandoned before it was stored")
 
@@ -522,18 +523,28 @@ class SqliteDatabase(ReadingHalf):
     @staticmethod
     def _note(db: sqlite3.Connection, notes: Notes) -> None:
         where = "player_id = ? AND session_id = ?"
-        # Who leaves has both, as a rule: in one update that is 4 µs, in two it was 6.
+        # Who leaves has all three, as a rule: in one update that is 4 µs, in two it was 6.
         online = {key: rfc3339(at) for key, at in notes.last_online.items()}
+        marks = dict(notes.seen)
         db.executemany(
             _NOTED,
             [
-                (mark.state, rfc3339(at), mark.state, mark.told, mark.owed, online.pop(key, None), *key)
+                (
+                    mark.state,
+                    rfc3339(at),
+                    mark.state,
+                    mark.told,
+                    mark.owed,
+                    online.pop(key, None),
+                    marks.pop(key, 0),
+                    *key,
+                )
                 for key, (mark, at) in notes.presence.items()
             ],
         )
         db.executemany(
             f"UPDATE sessions SET seen = ? WHERE {where} AND seen < ?",
-            [(seen, *key, seen) for key, seen in notes.seen.items()],
+            [(seen, *key, seen) for key, seen in marks.items()],
         )
         db.executemany(
             f"UPDATE sessions SET last_online = ? WHERE {where}",
