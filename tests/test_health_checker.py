@@ -10,12 +10,19 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from mythos_trio import checker
 from mythos_trio.connection import Connection
 from tests.support.games import Disk, Puppet
 from tests.support.memory_net import MemoryWire
 from tests.support.play import Client, SSEClient, WebSocketClient, World, play
 
 BIG = "x" * 60_000
+
+
+@pytest.fixture(autouse=True, params=[checker.ASKED_AT_ONCE, 1], ids=["few", "many"])
+def asked_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many connections as can all be looked at in each round, and more: those have to be found when they are due."""
+    monkeypatch.setattr(checker, "ASKED_AT_ONCE", request.param)
 
 
 async def entered(world: World, player: str = "ann", query: str = "") -> WebSocketClient:
@@ -431,3 +438,14 @@ async def test_a_drain_that_notes_while_notes_are_under_way_forgets_none(
         disk.write_seconds = 0
         await trio.sleep(2)
         assert (await world.server.storage.figures())["connections"] == 0
+
+
+async def test_of_many_the_kernel_is_asked_by_turns(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with play(tmp_path / "m.db", game=Puppet()) as world:
+        clients = [await listening(world, f"p{number}") for number in range(6)]
+        connections = [connection_of(world, client) for client in clients]
+        receipt = await world.publish(broadcast=True, message={"type": "line", "content": "to all"})
+        for client in clients:
+            await client.until_type("line")
+        await trio.sleep(len(clients) + 1)
+        assert [connection.session.seen for connection in connections] == [receipt["seq"]] * len(clients)

@@ -109,6 +109,7 @@ class Connection:
         "bell",
         "cohort",
         "command_bucket",
+        "due",
         "expires_at",
         "frame_bucket",
         "framing",
@@ -166,6 +167,7 @@ class Connection:
         self.opened = now
         self.liveness = Liveness(heard_at=now, probed_at=now)
         self.heartbeat_at = now
+        self.due = now  # when the health checker has to look at it
         self.post_at = now  # when a POST last named this connection
         # The player's, for what the client says; found when it says something.
         self.command_bucket: Bucket | None = None

@@ -33,6 +33,7 @@ from mythos_trio.core.errors import (
     Refusal,
     busy,
 )
+from mythos_trio.core.health import HEARTBEAT_SECONDS
 from mythos_trio.core.position import Gap, Position, Resume, parse_position, resume_from
 from mythos_trio.core.rates import Buckets, cut_off_ms, return_ms
 from mythos_trio.core.requests import Ack, Auth, ClientRequest, Command, Ping
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
 log = logs.get("connection")
 
 OPEN_SECONDS: Final = 10.0
-HEARTBEAT_SECONDS: Final = 30.0
 # Who was heard of within this time is surely alive: no need to ask before refusing a newcomer.
 HEARD_SECONDS: Final = 5.0
 PROBE_RETRY_MS: Final = 2000
@@ -745,6 +745,7 @@ class Streams:
             connection.end(BAD_TOKEN)
         else:
             connection.expires_at = claims.expires_at
+            connection.due = trio.current_time()
 
 
 def _debug_state(connection: Connection, state: str) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Final
 
 from attrs import define
+
+# How often a client hears from the server at least; more often if HEALTH_CHECK_INTERVAL is shorter.
+HEARTBEAT_SECONDS: Final = 30.0
 
 
 class Verdict(Enum):
