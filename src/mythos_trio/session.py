@@ -410,11 +410,14 @@ class LiveSession:
         return self._hub.newest if held is None else held.floor
 
     def saw(self, seq: int) -> None:
-        """Everything up to *seq* has surely arrived at a client."""
+        """Everything up to *seq* has surely arrived at a client.
+
+        It is counted when somebody asks (`deliveries`): the log, which that looks into, would else take over each
+        message to everybody for each player once a second.
+        """
         if seq > self.seen:
             self.sightings.add(self.seen, seq, self._context.clock.now())
             self.seen = seq
-            self.deliveries.confirm(seq)
             self._hub.mark(self.player_id, self.session_id, seq)
 
     # What has been delivered.
@@ -439,11 +442,17 @@ class LiveSession:
             self.lead.cohort.leads += 1
 
     def _count_rounds(self) -> None:
-        """Count what rounds have written to the lead since the last time."""
-        log = self.log
-        if self.lead is None or log is None:
-            return
-        index = log.locate(self.lead.written)
+        """Count what rounds have written to the lead since the last time, and what has surely arrived."""
+        log, lead = self.log, self.lead
+        if lead is not None and log is not None:
+            if self.seen < lead.written:
+                self._count_round(log, self.seen)
+                self._deliveries.confirm(self.seen)
+            self._count_round(log, lead.written)
+        self._deliveries.confirm(self.seen)
+
+    def _count_round(self, log: Log, upto: int) -> None:
+        index = log.locate(upto)
         if index is not None and index > self._told_index:
             self._deliveries.wrote(log.number_before(index), index - self._told_index)
             self._told_index = index
