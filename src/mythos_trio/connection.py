@@ -18,7 +18,6 @@ when the link has taken all of it, so a refused send loses nothing and repeats n
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -76,7 +75,7 @@ class _Between:
     """What waits for its turn between the messages. Made when there is something, dropped when it is out."""
 
     first: list[bytes] = field(factory=list)
-    replies: deque[PendingReply] = field(factory=deque)
+    replies: list[PendingReply] = field(factory=list)
     pong: bytes | None = None
     ping_answer: bytes | None = None
     heartbeat: bool = False
@@ -591,8 +590,7 @@ class Connection:
             self._probed()
 
     def _taken_between(self, between: _Between, written: int) -> None:
-        for _ in _due(between.replies, written):
-            between.replies.popleft()
+        del between.replies[: len(_due(between.replies, written))]
         if self._reply_room is not None:
             self._reply_room.set()
             self._reply_room = None

@@ -109,6 +109,8 @@ class Registrar:
     def __init__(self, context: Context, turns: Turns) -> None:
         self._context = context
         self._lines = logs.Gathered(log, turns.at_end)
+        self._arrival = Presence(Told.ABSENT, (Owed.JOIN,)).without(context.unheard)
+        """What is owed when a session begins with a connection."""
         self._changes: dict[str, _Change] = {}
         self._crashes: OrderedDict[str, deque[float]] = OrderedDict()
         self._removed: OrderedDict[str, float] = OrderedDict()
@@ -366,7 +368,7 @@ class Registrar:
             change.tell_late()
 
     def _new_admit(self, player_id: str, wanted: str | None) -> Admit:
-        presence = self._arrival()
+        presence = self._arrival
         return Admit(
             player_id,
             wanted,
@@ -375,10 +377,6 @@ class Registrar:
             presence.told.value,
             presence.owed_text,
         )
-
-    def _arrival(self) -> Presence:
-        """What is owed when a session begins with a connection."""
-        return Presence(Told.ABSENT, (Owed.JOIN,)).without(self._context.unheard)
 
     def _admitted(self, change: _Change, submission: Submission) -> None:
         """The dispatcher has applied an admission, or the store has refused it. Nothing here waits."""
@@ -457,7 +455,7 @@ class Registrar:
     async def _begin(self, player_id: str, session_id: str, change: _Change) -> None:
         """The player's first session, or the first after the last one was removed or expired."""
         mail_from = await self._mail_from(player_id)
-        presence = self._arrival()
+        presence = self._arrival
         transaction = Transaction(
             effects=[Begin(player_id, session_id, mail_from)],
             presence=[_mark(player_id, session_id, State.ONLINE, presence)],
@@ -496,7 +494,7 @@ class Registrar:
             count = len(live.connections)
             row = await self._stop(live, change, REPLACED, by="server", reason="switched")
         seen = max(row.seen, self._hub.marked(player_id, row.session_id))
-        presence = self._arrival() if with_connection else Presence()
+        presence = self._arrival if with_connection else Presence()
         state = State.ONLINE if with_connection else State.OFFLINE
         leave = parse_presence(row.told, row.owed).left().without(self._context.unheard)
         transaction = Transaction(

@@ -26,7 +26,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from attrs import define, field, frozen
+from attrs import define, frozen
 
 from mythos_trio.core.wire import Message
 
@@ -94,12 +94,15 @@ class Replaced:
     count: int = 0
     forgotten: int = 0
     """It cannot be said any more which messages up to this number were skipped."""
-    _seqs: array[int] = field(factory=lambda: array("q"))
-    _by: array[int] = field(factory=lambda: array("q"))
+    # Nearly always nothing is skipped.
+    _seqs: array[int] | None = None
+    _by: array[int] | None = None
 
     def note(self, skipped: Sequence[Skipped]) -> None:
         """*skipped*: newer than all before, in order."""
         self.count += len(skipped)
+        if self._seqs is None or self._by is None:
+            self._seqs, self._by = array("q"), array("q")
         self._seqs.extend(one.seq for one in skipped)
         self._by.extend(one.by for one in skipped)
         extra = len(self._seqs) - KEPT
@@ -110,5 +113,7 @@ class Replaced:
 
     def by(self, seq: int) -> int | None:
         """The number of the message that stood in for *seq*; None if it was not skipped, as far as is known."""
+        if self._seqs is None or self._by is None:
+            return None
         index = bisect_left(self._seqs, seq)
         return self._by[index] if index < len(self._seqs) and self._seqs[index] == seq else None

@@ -17,7 +17,7 @@ class State(StrEnum):
     ENDED = "ended"
 
 
-class Happening(Enum):
+class Happening(StrEnum):
     ATTACH = "a connection has joined"
     LAST_DETACH = "the last connection is gone"
     GRACE_OVER = "link-dead for the whole grace time"
