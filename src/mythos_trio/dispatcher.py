@@ -234,7 +234,8 @@ class Dispatcher:
         """The writer: commit all that has gathered, again and again."""
         several = False
         while True:
-            await self._gathered.wait()
+            if not self._queue:
+                await self._gathered.wait()
             if several:
                 # There is traffic: what this turn of the loop still brings goes with it. A commit costs 100 µs,
                 # whatever is in it; at half of the greatest rate of POSTs it had 5, and took half of the processor.
@@ -242,7 +243,10 @@ class Dispatcher:
             batch = self._take_batch()
             several = len(batch) > 1 or batch[0].asked > 1
             outcomes = await self._storage.commit([submission.transaction for submission in batch])
-            await self._committed.send((batch, outcomes))
+            try:
+                self._committed.send_nowait((batch, outcomes))  # without a turn of the loop, of which a POST has five
+            except trio.WouldBlock:
+                await self._committed.send((batch, outcomes))
 
     def _take_batch(self) -> list[Submission]:
         """What has gathered: one transaction at least, then as many as have `batch_size` effects."""
