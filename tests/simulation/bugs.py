@@ -443,7 +443,7 @@ KNOWN: Final = {
     "half-open-stays": 52,
     "no-write-timeout": 2,
     "timer-twice": 20,
-    "lost-update": 34,
+    "lost-update": 248,
     "mail-lost": 3,
     "channels-forgotten": 7,
     "round-forgets": 6,
