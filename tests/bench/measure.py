@@ -249,7 +249,9 @@ def running(
         if store is not None:
             (place / "data").mkdir()
             shutil.copytree(store, place / "data/players")
-            os.sync()  # else the server's first fsync writes the copy, and its start looks slow
+        # Else the kernel writes the copy, or what the server before has left, while this one is measured: its start
+        # looks slow, and after ten million messages p99 of commands was 2.3 ms instead of 0.6.
+        os.sync()
         inherited = {name: text for name, text in os.environ.items() if name not in SPECS}
         paths = f"{ROOT}{os.pathsep}{ROOT / 'src'}"
         environment = {**inherited, "PYTHONPATH": paths, "NODE_PATH": str(programs.node_modules), "PORT": str(port)}
