@@ -124,7 +124,7 @@ class Checker:
                 continue
             # One that keeps up, and owes no answer, is healthy.
             keeps_up = connection.cohort is not None and not connection.liveness.waiting
-            if place >= asked and keeps_up and now < connection.due:
+            if keeps_up and now < connection.due and (place >= asked or connection.session.has_seen_all):
                 continue
             self._check(connection)
             why = connection.why

@@ -314,11 +314,20 @@ class Connection:
         self.session.saw(seq)
 
     def look_at_kernel(self) -> bool:
-        """Whether the peer has acknowledged all bytes; moves the marks if so."""
-        link = self.link
+        """Move the mark if the peer has acknowledged all bytes; whether everything written has surely arrived.
+
+        The kernel is not asked if that is known: it takes 12 to 50 µs, and of 5,000 players with nobody to speak to them
+        it was a tenth of the processor.
+        """
+        link, session = self.link, self.session
+        if session.has_seen_all:
+            return True
         if not self.observable or link.closed or link.unacknowledged() != 0 or link.in_error():
             return False
-        self.session.saw(self.written)
+        if self.cohort is not None and self.cohort.written == self.hub.newest:
+            session.saw_all(self.hub.newest)
+        else:
+            session.saw(self.written)
         return True
 
     # Signs of life.

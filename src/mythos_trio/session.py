@@ -113,6 +113,7 @@ class LiveSession:
         "_paid",
         "_paying",
         "_resting",
+        "_seen_total",
         "_told_index",
         "_view",
         "_working",
@@ -168,6 +169,8 @@ class LiveSession:
         # The log that the next connection goes on with: of a session without one, as long as nothing but its topics has
         # spoken since everything was seen. So who comes, or comes again, to a quiet session needs no reading.
         self.rest: Log | None = None
+        # The `total` of the log, or of the rest, when all that it had so far was seen; None if that is not known.
+        self._seen_total: int | None = None
         self.ready = Once()  # `nursery` is open, or never will be again
         self.finished = Once()  # nothing of it runs any more
         self.gone = Once()  # and what follows has been seen to
@@ -370,6 +373,8 @@ class LiveSession:
         self._context.graces.end(self)
         if self._log is None:
             # Without a rest nothing is known of what is not newer: the connection has read that from the store.
+            if self.rest is None:
+                self._seen_total = None
             self._log = self._hub.begin_log(self, self._hub.newest) if self.rest is None else self.rest
             self.rest = None
         self.fresh = False
@@ -400,6 +405,7 @@ class LiveSession:
     def begin_rest(self, after: int) -> None:
         """There is nothing of its stream after *after*. As long as only its topics speak, `rest` says so."""
         self.rest = self._hub.begin_log(self, after)
+        self._seen_total = self.rest.total
 
     @property
     def floor(self) -> int:
@@ -419,6 +425,17 @@ class LiveSession:
             self.sightings.add(self.seen, seq, self._context.clock.now())
             self.seen = seq
             self._hub.mark(self.player_id, self.session_id, seq)
+
+    @property
+    def has_seen_all(self) -> bool:
+        """Whether there is nothing in its stream that has not surely arrived: nobody has to ask the kernel, and no mark
+        has to move, if only others were spoken to."""
+        return self._log is not None and self._log.total == self._seen_total
+
+    def saw_all(self, seq: int) -> None:
+        """As `saw`, and there is nothing newer than *seq* in its stream."""
+        self.saw(seq)
+        self._seen_total = None if self._log is None else self._log.total
 
     # What has been delivered.
 

@@ -83,6 +83,14 @@ class Log:
         """Of the messages' bodies."""
         return self._bytes
 
+    @property
+    def total(self) -> int:
+        """How many messages there have been since the log began, with those that `pull` would take over."""
+        total = self.head
+        for topic, known in self._heard.items():
+            total += topic.total - known
+        return total
+
     # Topics.
 
     def hear(self, topic: Topic) -> None:
