@@ -268,7 +268,7 @@ class Link(trio.abc.HalfCloseableStream):
         if self.ended is not None:
             return
         if not self._sealed:
-            self._put(data)
+            self._put(data, self._wire.send_last)
         self._end(close, by)
 
     # Ending.
@@ -435,11 +435,16 @@ class Link(trio.abc.HalfCloseableStream):
 
     # Within.
 
-    def _put(self, data: bytes | memoryview) -> _Piece | None:
-        """Give *data* to the kernel, after what is unsent; the piece that it did not take yet."""
+    def _put(
+        self, data: bytes | memoryview, send: Callable[[bytes | memoryview], int] | None = None
+    ) -> _Piece | None:
+        """Give *data* to the kernel, after what is unsent; the piece that it did not take yet.
+
+        :param send: the wire's, if it is another one than `Wire.send`.
+        """
         if not self._queue:
             try:
-                sent = self._wire.send(data)
+                sent = self._wire.send(data) if send is None else send(data)
             except BlockingIOError:
                 sent = 0
             except OSError as error:

@@ -57,6 +57,10 @@ class Wire(Protocol):
         """Give bytes to the kernel. BlockingIOError: it takes none now. OSError: broken."""
         ...
 
+    def send_last(self, data: bytes | memoryview, /) -> int:
+        """As `send`, and nothing follows but the end (`send_eof`, `close`), which is near: both may go out together."""
+        ...
+
     def recv(self, limit: int, /) -> bytes:
         """What has come, ``b""`` at the end. BlockingIOError: nothing now. OSError: broken."""
         ...
@@ -149,6 +153,11 @@ class SocketWire:
         # Bound methods of the socket itself: sending is the hottest line of the server.
         self.send = sock.send
         self.recv = sock.recv
+
+    def send_last(self, data: bytes | memoryview, /) -> int:
+        # One packet less, and one time less that the peer is woken: a tenth of what a connect costs, on virtual
+        # machines where that takes a call of the hypervisor. Linux keeps it for 200 ms at most (send(2), MSG_MORE).
+        return self._sock.send(data, socket.MSG_MORE) if _LINUX else self._sock.send(data)
 
     @property
     def local(self) -> tuple[str, int]:

@@ -208,6 +208,7 @@ class WebSocketChannel:
     def _hear_now(self, connection: Connection, kind: int, payload: bytes) -> bool:
         """Take a frame, if nothing about it has to wait; whether that is so."""
         if kind == frames.CLOSE:
+            connection.look_at_kernel()  # later on the answer is what is not acknowledged
             # When it is answered the link has ended, and that tells the task.
             self._poller.at_end(partial(self._link.last_words, *self._farewell(payload), by="client"))
             return True
@@ -265,6 +266,7 @@ class WebSocketChannel:
         elif kind == frames.PING:
             connection.answer_ping(payload)
         else:
+            connection.look_at_kernel()  # later on the answer is what is not acknowledged
             self._link.last_words(*self._farewell(payload), by="client")
         return kind == frames.CLOSE
 

@@ -120,6 +120,8 @@ class MemoryWire:
             raise BlockingIOError(errno.EAGAIN, "the send buffer is full")
         return sent
 
+    send_last = send
+
     def recv(self, limit: int, /) -> bytes:
         self._move()
         if self.closed or self.error is not None:
