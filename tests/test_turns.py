@@ -12,7 +12,7 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from mythos_trio.turns import PLACES, Turns
+from mythos_trio.turns import PLACES, SECONDS, Turns
 from tests.support.games import Puppet
 from tests.support.play import play
 
@@ -183,3 +183,24 @@ async def test_calls_and_tasks_take_turns() -> None:
         assert len(gauge.order) == 11
         assert gauge.order.index("task 2") < gauge.order.index("call 5")
         nursery.cancel_scope.cancel()
+
+
+async def test_a_turn_ends_when_it_has_taken_its_time(mock_clock: MockClock) -> None:
+    """Sixteen players who came back with a hundred messages each were a turn of 65 ms."""
+    done: dict[str, list[int]] = {"at the end": [], "with a place": []}
+    async with running(4) as (turns, gauge, nursery):
+
+        def work(what: str) -> None:
+            mock_clock.jump(SECONDS * 0.6)
+            done[what].append(gauge.turn)
+
+        for _ in range(7):
+            turns.at_end(lambda: work("at the end"))
+        while turns.take_now():
+            pass
+        for _ in range(7):
+            turns.call(lambda: work("with a place"))
+        await trio.testing.wait_all_tasks_blocked()
+    assert [len(each) for each in done.values()] == [7, 7]
+    assert max(Counter(done["at the end"] + done["with a place"]).values()) == 2
+    assert max(done["at the end"]) <= min(done["with a place"]), "nobody gets a place before it is done"
