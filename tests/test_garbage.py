@@ -136,3 +136,51 @@ print("good")
 def test_what_is_in_use_is_set_aside_and_comes_back_when_it_is_too_much() -> None:
     run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60, check=False)
     assert run.stdout == "good\n", run.stderr
+
+
+UNSEEN_SCRIPT = """
+import gc
+from mythos_trio.garbage import THRESHOLDS, UNSEEN, Garbage
+
+garbage = Garbage(lambda: 10_000)
+garbage.start()
+gone_through = []
+
+def look(phase, info):
+    if phase == "start":
+        gone_through.append(len(gc.get_objects(0)) + len(gc.get_objects(1)))
+
+gc.callbacks.append(look)
+
+def batches(count):
+    gone_through.clear()
+    kept = []
+    while len(gone_through) < count:
+        kept.append([])
+    return kept
+
+kept = batches(2 * (UNSEEN + 1))
+assert sum(1 for each in gone_through if each > THRESHOLDS[0] / 2) == 2, gone_through
+
+# With cycles each is carried out.
+class Ring:
+    freed = 0
+    def __init__(self):
+        self.me = self
+    def __del__(self):
+        Ring.freed += 1
+
+gone_through.clear()
+made = 0
+while len(gone_through) < 4 * (UNSEEN + 1):
+    Ring()
+    kept.append([])
+    made += 1
+assert Ring.freed > made * 0.6, (Ring.freed, made)
+print("good")
+"""
+
+
+def test_seven_in_eight_are_left_out_as_long_as_nothing_is_found() -> None:
+    run = subprocess.run([sys.executable, "-c", UNSEEN_SCRIPT], capture_output=True, text=True, timeout=60, check=False)
+    assert run.stdout == "good\n", run.stderr

@@ -12,6 +12,7 @@ from trio.testing import MockClock
 
 from mythos_trio import checker
 from mythos_trio.connection import Connection
+from mythos_trio.link import Link
 from tests.support.games import Disk, Puppet
 from tests.support.memory_net import MemoryWire
 from tests.support.play import Client, SSEClient, WebSocketClient, World, play
@@ -449,3 +450,53 @@ async def test_of_many_the_kernel_is_asked_by_turns(tmp_path: Path, autojump_clo
             await client.until_type("line")
         await trio.sleep(len(clients) + 1)
         assert [connection.session.seen for connection in connections] == [receipt["seq"]] * len(clients)
+
+
+async def test_nobody_asks_the_kernel_of_who_has_seen_all(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For 5,000 players to whom nobody spoke that was a tenth of the processor."""
+    asked: list[Link] = []
+    real = Link.unacknowledged
+
+    def unacknowledged(link: Link) -> int | None:
+        asked.append(link)
+        return real(link)
+
+    monkeypatch.setattr(Link, "unacknowledged", unacknowledged)
+    async with play(tmp_path / "m.db", game=Puppet()) as world:
+        ann, bob = [await listening(world, name) for name in ("ann", "bob")]
+        of_ann, of_bob = [connection_of(world, client) for client in (ann, bob)]
+        await trio.sleep(3)
+        asked.clear()
+        receipt = await world.publish(player_id="ann", message={"type": "line", "content": "to ann"})
+        await ann.until_type("line")
+        await trio.sleep(4)
+        assert of_ann.session.seen == receipt["seq"]
+        assert of_bob.link not in asked
+        assert 1 <= asked.count(of_ann.link) <= 3, "once, or again if it was too early"
+        bob.close()
+        await trio.sleep(1)
+        bob = await listening(world, "bob")
+        again = connection_of(world, bob)
+        receipt = await world.publish(player_id="bob", message={"type": "line", "content": "to bob"})
+        await trio.sleep(4)
+        assert again.session.seen == receipt["seq"]
+
+
+async def test_a_round_over_many_has_few_turns_if_there_is_nothing_to_look_at(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checker, "SLICE", 1)
+    async with play(tmp_path / "m.db", game=Puppet()) as world:
+        clients = [await listening(world, f"p{number}") for number in range(6)]
+        for client in clients:
+            connection_of(world, client).due = trio.current_time() + 60
+        began = trio.current_time()
+        await world.server.checker.check_all()
+        assert trio.current_time() - began == pytest.approx(checker.SLICE_SECONDS)
+        for client in clients:
+            connection_of(world, client).due = 0
+        began = trio.current_time()
+        await world.server.checker.check_all()
+        assert trio.current_time() - began >= 6 * checker.SLICE_SECONDS - 1e-9

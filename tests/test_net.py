@@ -6,6 +6,7 @@ import errno
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -442,3 +443,23 @@ async def test_the_kernel_does_not_keep_for_long_what_a_vanished_client_was_sent
 
         assert kept()
         await eventually(lambda: not kept())
+
+
+async def test_the_last_words_come_with_the_end_and_also_without() -> None:
+    """Linux keeps them back for what follows: not for long, if nothing does."""
+    client, server = await open_real_pair()
+    server.send_last(b"bye")
+    got: list[bytes] = []
+
+    def take() -> bool:
+        with suppress(BlockingIOError):
+            got.append(client.recv(100))
+        return got[-1:] == [b""] or got == [b"bye"]
+
+    await eventually(take)
+    assert got == [b"bye"]
+    server.send_last(b"really")
+    server.close()
+    await eventually(take)
+    assert got == [b"bye", b"really", b""]
+    client.close()

@@ -188,7 +188,7 @@ async def test_calls_and_tasks_take_turns() -> None:
 async def test_a_turn_ends_when_it_has_taken_its_time(mock_clock: MockClock) -> None:
     """Sixteen players who came back with a hundred messages each were a turn of 65 ms."""
     done: dict[str, list[int]] = {"at the end": [], "with a place": []}
-    async with running(4) as (turns, gauge, nursery):
+    async with running(4) as (turns, gauge, _):
 
         def work(what: str) -> None:
             mock_clock.jump(SECONDS * 0.6)

@@ -316,8 +316,8 @@ class Connection:
     def look_at_kernel(self) -> bool:
         """Move the mark if the peer has acknowledged all bytes; whether everything written has surely arrived.
 
-        The kernel is not asked if that is known: it takes 12 to 50 µs, and of 5,000 players with nobody to speak to them
-        it was a tenth of the processor.
+        The kernel is not asked if that is known: it takes 12 to 50 µs, and for 5,000 players to whom nobody spoke it
+        was a tenth of the processor.
         """
         link, session = self.link, self.session
         if session.has_seen_all:

@@ -1,17 +1,18 @@
 """The garbage collector's pauses, kept short.
 
 Each collection is a pause of the event loop, and lasts as long as there are objects to go through: 0.15 to 1 µs for
-each, since they are in nobody's cache. What the server makes is free of cycles (``tests/test_garbage.py``): connections,
-messages and commands are freed by reference counting when they are over, so a collection finds next to nothing. It is
-still needed, for tracebacks, for libraries and for games. So it goes on, in small steps, and what a collection has found
-in use is set aside (`gc.freeze`): the next one goes only through what is new. Freed by reference counting it is as before.
+each, since they are in nobody's cache. What the server makes is free of cycles (``tests/test_garbage.py``):
+connections, messages and commands are freed by reference counting when they are over, so a collection finds next to
+nothing. It is still needed, for tracebacks, for libraries and for games. So it goes on, in small steps, and what a
+collection has found in use is set aside (`gc.freeze`): the next one goes only through what is new. Freed by reference
+counting it is as before.
 
 And as long as collections find nothing, only one in eight is carried out; instead of the others, what is new is set
-aside as it is. (Where each was, a seventh of what a connect costs was spent on it, on an EPYC; with CPython's three
-generations, which go through each object three times, even more.) A game that makes cycles has them collected each time.
+aside as it is. (Where each was, 4 % of what a connect costs was spent on it; with CPython's three generations, which go
+through each object three times, 7 %.) A game that makes cycles has them collected each time.
 
-What is garbage in a cycle when it is set aside, or becomes so afterwards, would stay for good. So when more memory is in
-use than the connections account for, all of it comes back, and one collection goes through everything.
+What is garbage in a cycle when it is set aside, or becomes so afterwards, would stay for good. So when more memory is
+in use than the connections account for, all of it comes back, and one collection goes through everything.
 """
 
 from __future__ import annotations

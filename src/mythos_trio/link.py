@@ -435,9 +435,7 @@ class Link(trio.abc.HalfCloseableStream):
 
     # Within.
 
-    def _put(
-        self, data: bytes | memoryview, send: Callable[[bytes | memoryview], int] | None = None
-    ) -> _Piece | None:
+    def _put(self, data: bytes | memoryview, send: Callable[[bytes | memoryview], int] | None = None) -> _Piece | None:
         """Give *data* to the kernel, after what is unsent; the piece that it did not take yet.
 
         :param send: the wire's, if it is another one than `Wire.send`.

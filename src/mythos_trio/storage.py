@@ -20,6 +20,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 import trio
 from attrs import define, field, frozen
 
+from mythos_trio.bell import Bell
 from mythos_trio.core.data import Value
 from mythos_trio.core.position import Epochs
 from mythos_trio.core.session import SessionRow as SessionRow  # a part of this interface
@@ -416,6 +417,8 @@ class Storage:
         self._clock = clock
         self._broken: str | None = None
         self._under_way: list[float] = []
+        self._written = Bell()
+        """Rings when something was written that makes a checkpoint due."""
         self.trouble: str | None = None
         """Why the newest write failed; None if it worked."""
         self.last_commit_ms: float | None = None
@@ -463,6 +466,7 @@ class Storage:
             return [refused(error) for _ in batch]
         if outcomes is None:
             raise RuntimeError("a commit was withdrawn, and yet its outcome asked for")
+        self._tell_written()
         self._account(batch, outcomes, (trio.current_time() - began) * 1000)
         return outcomes
 
@@ -479,9 +483,10 @@ class Storage:
     async def note(self, notes: Notes) -> None:
         await self._write(self._database.note, notes)
 
-    @property
-    def checkpoint_due(self) -> bool:
-        return self._database.checkpoint_due
+    async def wait_checkpoint_due(self) -> None:
+        """Until `checkpoint` has something to do. One task may wait."""
+        while not self._database.checkpoint_due:
+            await self._written.wait()
 
     async def checkpoint(self) -> None:
         """
@@ -494,10 +499,16 @@ class Storage:
 
     async def _write(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return await self._runner.write(call, *args, **kwargs)
+            result = await self._runner.write(call, *args, **kwargs)
         except StoreError as error:
             self.trouble = str(error)
             raise
+        self._tell_written()
+        return result
+
+    def _tell_written(self) -> None:
+        if self._database.checkpoint_due:
+            self._written.ring()
 
     @contextmanager
     def _measured(self) -> Iterator[None]:

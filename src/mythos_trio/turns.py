@@ -5,8 +5,8 @@ falls due in it waits for its end. When 2,000 players come back in one moment, o
 millisecond or less, but together they would be one turn of seconds. So who has more to do than a few
 microseconds takes a place in a turn first (`Turns.take`). As long as there are places that is no wait at all.
 
-A place is not always the same: on a slow machine sixteen players with a hundred messages each to catch up were 65 ms. So
-a turn ends, too, when it has taken `SECONDS`.
+A place is not always the same: on a slow machine sixteen players with a hundred messages each to catch up were 65 ms.
+So a turn ends, too, when it has taken `SECONDS`.
 """
 
 from __future__ import annotations

@@ -16,13 +16,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-from attrs import asdict, define, field, frozen
+from attrs import asdict, define, evolve, field, frozen
 from rich.console import Console
 from rich.table import Table
 
 from tests.bench import plots
 from tests.bench.measure import OURS, PEERS, RIVAL, ROOT, Programs
-from tests.bench.scenarios import SCENARIOS, Result, Scenario
+from tests.bench.scenarios import CONTROL, SCENARIOS, Result, Scenario
 
 PAGE: Final = ROOT / "docs" / "performance.rst"
 PLOTS: Final = ROOT / "docs" / "performance"
@@ -177,8 +177,14 @@ class Report:
 
     def _tail(self, case: str) -> Verdict:
         what = f"p99 at half of the greatest rate, {case}"
-        tails = [r.p99_ms / r.p50_ms for r in self.of("half", OURS, case) if r.p99_ms and r.p50_ms]
-        return _below(what, statistics.median(tails) if tails else None, TAIL, "× p50")
+        tails = {peer: self._tail_of(peer, case) for peer in (OURS, RIVAL, CONTROL)}
+        others = [f"{peer} {tail:.1f}" for peer, tail in tails.items() if tail is not None and peer != OURS]
+        verdict = _below(what, tails[OURS], TAIL, "× p50")
+        return evolve(verdict, measured=f"{verdict.measured} ({', '.join(others)})") if others else verdict
+
+    def _tail_of(self, peer: str, case: str) -> float | None:
+        tails = [r.p99_ms / r.p50_ms for r in self.of("half", peer, case) if r.p99_ms and r.p50_ms]
+        return statistics.median(tails) if tails else None
 
     def _flat(self, name: str) -> Verdict:
         scenario = next(s for s in SCENARIOS if s.name == name)
