@@ -71,8 +71,7 @@ def docs(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The tests but for those of whole processes, with coverage. (One of them runs mypy on the documentation.)"""
     install(session, "test", "types")
-    session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", "pytest", "--ignore=tests/e2e", *session.posargs)
+    session.run("pytest", "--ignore=tests/e2e", "-n", "auto", "--cov", "--cov-report=", *session.posargs)
     if session.posargs:
         return  # a part of the tests covers a part of the code
     session.run("coverage", "report", "--include=*/mythos_trio/core/*", f"--fail-under={CORE_FLOOR}")
