@@ -23,11 +23,15 @@ from tests.support.play import WebSocketClient, play
 from tests.support.serial import run
 
 EXAMPLES = int(os.environ.get("SERIALISABLE_EXAMPLES", "120"))
+# Each has its share of the examples: with coverage, on a slow machine, all of them took more than the minute that a
+# test may take.
+PARTS = 3
 TRIES = int(os.environ.get("SWORD_TRIES", "1000"))
 
 
+@pytest.mark.parametrize("part", range(PARTS))
 @settings(
-    max_examples=EXAMPLES,
+    max_examples=EXAMPLES // PARTS,
     deadline=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
@@ -40,7 +44,7 @@ TRIES = int(os.environ.get("SWORD_TRIES", "1000"))
     seed=st.integers(0, 2**32),
 )
 def test_the_store_is_what_one_after_another_would_have_left(
-    players: int, length: int, crashes: list[int], failing: float, seed: int
+    part: int, players: int, length: int, crashes: list[int], failing: float, seed: int
 ) -> None:
     note(f"again: run({players}, {length}, {crashes}, {failing}, {seed})")
     run(players, length, crashes, failing, seed)

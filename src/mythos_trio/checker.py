@@ -34,8 +34,8 @@ database_log = logs.get("database")
 # pauses was 12 ms in which a POST took five times as long: more than one in a hundred did.
 SLICE: Final = 16
 SLICE_SECONDS: Final = 0.004
-# Those at which there was nothing to look at take a hundredth of that. With a pause after each 16 of them, too, 4,000
-# idle connections were 250 turns of the loop a second, and 3 % of a processor.
+# Those at which there was nothing to look at take far less. With a pause after each 16 of them, too, 4,000 idle
+# connections were 250 turns of the loop a second.
 PASSED_AT_ONCE: Final = 500
 # Connections of which the kernel is asked, in one round, what the peers have acknowledged: some 12 µs each, and as much
 # for the marks that move. With all of 20,000 each second that was a quarter of a processor. The others are looked at
@@ -231,8 +231,7 @@ class Checker:
         return True
 
     async def checkpoint_forever(self) -> None:
-        """Have the store do what it puts off: often, so that it never gathers to a pause. (Who looks whether it is due
-        fifty times a second uses 2 % of a virtual machine's processor for nothing.)"""
+        """Have the store do what it puts off: often, so that it never gathers to a pause."""
         storage = self._context.hub.storage
         while await self._pause(CHECKPOINT_SECONDS):
             await storage.wait_checkpoint_due()

@@ -155,8 +155,8 @@ class SocketWire:
         self.recv = sock.recv
 
     def send_last(self, data: bytes | memoryview, /) -> int:
-        # One packet less, and one time less that the peer is woken: a tenth of what a connect costs, on virtual
-        # machines where that takes a call of the hypervisor. Linux keeps it for 200 ms at most (send(2), MSG_MORE).
+        # One packet less, and one time less that the peer is woken: a tenth of what a known player's visit costs, on a
+        # virtual machine where that takes a call of the hypervisor. Linux keeps it for 200 ms at most (tcp(7), TCP_CORK).
         return self._sock.send(data, socket.MSG_MORE) if _LINUX else self._sock.send(data)
 
     @property

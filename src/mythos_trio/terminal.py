@@ -8,7 +8,6 @@ the game says goes to stdout, everything about the connection to stderr.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
@@ -60,9 +59,7 @@ class Input(Protocol):
 
 async def _play(client: DualClient, source: Input, stay: bool) -> int:
     client.on_change = source.state_changed
-    interrupted = trio.Event()
     async with client, trio.open_nursery() as nursery:
-        await nursery.start(_hear_interrupt, interrupted, nursery.cancel_scope)
         nursery.start_soon(_show_events, client, nursery.cancel_scope, source)
         nursery.start_soon(_count_down, source)
         try:
@@ -73,24 +70,10 @@ async def _play(client: DualClient, source: Input, stay: bool) -> int:
             # `_show_events` ends too, after it has shown what is left.
             await trio.sleep_forever()
         nursery.cancel_scope.cancel()
-    if interrupted.is_set():
-        return EXIT_INTERRUPTED
     if client.ended is not None and client.ended.reason != "closed":
         _note(f"ended: {client.ended.reason}")
         return EXIT_FAILED
     return EXIT_OK
-
-
-async def _hear_interrupt(
-    interrupted: trio.Event, scope: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> None:
-    """SIGINT ends it. Not by `KeyboardInterrupt`: Python raises that wherever it is just then, also where what is
-    raised is dropped. On a busy machine one went nowhere, in two of three whole runs of the tests."""
-    with trio.open_signal_receiver(signal.SIGINT) as signals:
-        task_status.started()
-        async for _ in signals:
-            interrupted.set()
-            scope.cancel()
 
 
 async def _send_lines(client: DualClient, source: Input) -> None:
