@@ -316,7 +316,7 @@ class Connection:
     def look_at_kernel(self) -> None:
         """Move the mark if the peer has acknowledged all bytes.
 
-        The kernel is not asked if that is known: it takes 12 µs and more, each second, for players to whom nobody spoke.
+        The kernel is not asked if that is known: it takes 12 µs and more, and nobody may have spoken to the player.
         """
         link, session = self.link, self.session
         if session.has_seen_all:

@@ -156,7 +156,8 @@ class SocketWire:
 
     def send_last(self, data: bytes | memoryview, /) -> int:
         # One packet less, and one time less that the peer is woken: a tenth of what a known player's visit costs, on a
-        # virtual machine where that takes a call of the hypervisor. Linux keeps it for 200 ms at most (tcp(7), TCP_CORK).
+        # virtual machine where waking takes a call of the hypervisor. Linux keeps it for 200 ms at most (tcp(7),
+        # TCP_CORK, which MSG_MORE is for one send).
         return self._sock.send(data, socket.MSG_MORE) if _LINUX else self._sock.send(data)
 
     @property
