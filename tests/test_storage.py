@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -32,6 +34,7 @@ from mythos_trio.core.transaction import (
     Unsubscribe,
 )
 from mythos_trio.storage import (
+    ASIDE_NICENESS,
     ConnectionRow,
     Database,
     Expired,
@@ -1078,3 +1081,16 @@ async def test_an_abandoned_commit_ends_all_writing(kind: Kind, tmp_path: Path) 
     assert [message is not None for message in found] == [True, False, False]
     database.abandon()
     runner.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no priority of its own")
+async def test_only_what_nobody_waits_for_has_a_low_priority() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    runner, own = ThreadRunner(), niceness()
+    try:
+        assert [await runner.write(niceness), await runner.read(niceness)] == [own, own]
+        assert await runner.aside(niceness) == min(own + ASIDE_NICENESS, 19)
+    finally:
+        runner.close()

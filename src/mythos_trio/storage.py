@@ -10,12 +10,14 @@ can know (ids, keys, answers that are there already).
 
 from __future__ import annotations
 
+import os
 import queue
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Final, Generic, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import trio
 from attrs import define, field, frozen
@@ -39,6 +41,9 @@ from mythos_trio.seams import Clock
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+# A weight of 110 against 1,024 (sched(7)).
+ASIDE_NICENESS: Final = 10
 
 
 class StoreError(Exception):
@@ -294,11 +299,11 @@ class _Threads:
     what a publication cost in all.
     """
 
-    def __init__(self, name: str, count: int) -> None:
+    def __init__(self, name: str, count: int, *, niceness: int = 0) -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._count = count
         for number in range(count):
-            threading.Thread(target=_work, args=(self._jobs,), name=f"{name}-{number}", daemon=True).start()
+            threading.Thread(target=_work, args=(self._jobs, niceness), name=f"{name}-{number}", daemon=True).start()
 
     async def run(self, call: Callable[[], T]) -> T:
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -319,7 +324,9 @@ class _Threads:
             self._jobs.put(None)
 
 
-def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
+def _work(jobs: queue.SimpleQueue[_Job | None], niceness: int) -> None:
+    if niceness:
+        _be_nice(niceness)
     while (job := jobs.get()) is not None:
         if not job.left:
             job.run()
@@ -327,8 +334,18 @@ def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
         del job  # or its result is kept until the next one comes
 
 
+def _be_nice(niceness: int) -> None:
+    """Lower the priority of the calling thread. Linux has one for each thread (setpriority(2), "C library/kernel
+    differences"); where it is the process's, it stays as it is."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + niceness)
+
+
 class ThreadRunner:
-    """One writer thread, *readers* reader threads, and one for what is done aside.
+    """One writer thread, *readers* reader threads, and one for what is done aside: nobody waits for that, so it has
+    what the others leave of the processor, and a tenth of it at least (`ASIDE_NICENESS`).
 
     A cancelled call is left behind at once, so that a disk that hangs cannot keep the process; the
     thread goes on, and the next write waits for it.
@@ -337,7 +354,7 @@ class ThreadRunner:
     def __init__(self, readers: int = 2) -> None:
         self._writer = _Threads("store-writer", 1)
         self._readers = _Threads("store-reader", readers)
-        self._aside = _Threads("store-aside", 1)
+        self._aside = _Threads("store-aside", 1, niceness=ASIDE_NICENESS)
 
     async def write(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await self._writer.run(partial(call, *args, **kwargs))
