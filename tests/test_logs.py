@@ -466,7 +466,35 @@ def test_looking_ahead_in_several_at_once_overlooks_none(several: list[dict[str,
             assert logs.hide_secrets(lines, text) == logs._SECRET.sub(logs._hidden, text)
 
 
-@given(some_fields)
-def test_what_the_console_shows_is_shown_alike_one_by_one(fields: dict[str, Any]) -> None:
-    one_by_one = " ".join([f"{name}={logs._shown(value)}" for name, value in fields.items()])
-    assert logs._show_fields(fields) == (f"  {one_by_one}" if fields else "")
+words = st.text(st.characters(codec="ascii", exclude_characters=" "), min_size=1)
+plain_fields = st.dictionaries(st.sampled_from("abc"), words | st.integers() | st.booleans() | st.floats() | st.none())
+
+
+@given(st.lists(some_fields | plain_fields, min_size=1, max_size=3), st.sampled_from([{}, {"reason": "a b"}]))
+def test_rows_are_shown_alike_together_and_one_by_one(rows: list[dict[str, Any]], same: dict[str, Any]) -> None:
+    own = {"event": "x", "level": "INFO", "timestamp": 0.0, **same}
+    rows = [{name: value for name, value in row.items() if name not in own} for row in rows]
+    one_by_one = [logs.render_console(logs.Lines({**own, **row}), colours=False) for row in rows]
+    assert logs.render_console(logs.Lines(own, rows), colours=False) == "".join(one_by_one)
+
+
+@pytest.mark.parametrize(
+    ("row", "shown"),
+    [
+        ({"player_id": "ann", "seq": 7, "ms": 0.25}, "player_id=ann seq=7 ms=0.25\n"),
+        ({"position": "1-7", "resumed": True, "token": None}, "position=1-7 resumed=true token=null\n"),
+        ({"address": "::1"}, None),
+        ({"reason": "two words"}, None),
+        ({"reason": "a,b"}, None),
+        ({"reason": ""}, None),
+        ({"players": ["ann"]}, None),
+        ({"data": {}}, None),
+        ({"player_id": 'say "x"'}, None),
+        ({"player_id": "zoë"}, None),
+        ({"player_id": "\x7f"}, None),
+        ({}, None),
+    ],
+)
+def test_words_and_numbers_are_shown_in_one_go(row: dict[str, Any], shown: str | None) -> None:
+    assert logs._show_plain(logs.Lines({}, [row])) == shown
+    assert logs._show_plain(logs.Lines({}, [{"seq": 1}, row])) == (shown and "seq=1\n" + shown)

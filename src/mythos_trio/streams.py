@@ -616,14 +616,11 @@ class Streams:
         }
         self._lines.info(
             f"{transport.title} disconnected",
-            {
-                "code": close.code,
-                "reason": close.reason,
-                "ended_by": by,
-                "duration_seconds": round(trio.current_time() - connection.opened, 3),
-                **fields,
-                **_advice(close),
-            },
+            {"duration_seconds": round(trio.current_time() - connection.opened, 3), **fields},
+            code=close.code,
+            reason=close.reason,
+            ended_by=by,
+            **_advice(close),
         )
         if lost or link.unsent:
             self._context.statistics.failed(max(1, lost), "cut")
