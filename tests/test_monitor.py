@@ -406,7 +406,7 @@ async def test_dual_connections(stand: Stand) -> None:
 
 
 async def test_performance(stand: Stand) -> None:
-    stand.statistics.established("websocket", 12.0)
+    stand.statistics.established(trio.current_time(), "websocket", 12.0)
     stand.statistics.published(2)
     stand.statistics.delivered(2, [3.0])
     stand.statistics.ran()

@@ -72,7 +72,7 @@ def test_a_rate_is_of_the_last_minute() -> None:
 
 def test_establishment(statistics: Statistics) -> None:
     for ms in (10, 20, 30):
-        statistics.established("websocket", ms)
+        statistics.established(1000.0, "websocket", ms)
     assert statistics.establishment()["websocket"] == {
         "count": 3,
         "avg_ms": 20,
@@ -111,7 +111,7 @@ def test_sessions_and_commands(statistics: Statistics) -> None:
 def test_rates(statistics: Statistics, time: Time) -> None:
     statistics.published(120)
     statistics.delivered(600, [1])
-    statistics.established("sse", 1)
+    statistics.established(1000.0, "sse", 1)
     statistics.command(1000.0, 1, True)
     statistics.failed(6, "cut")
     assert statistics.rates() == {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
+from mythos_trio.bell import Bell
 from mythos_trio.turns import PLACES, SECONDS, Turns
 from tests.support.games import Puppet
 from tests.support.play import play
@@ -79,6 +81,44 @@ async def test_who_has_begun_goes_first(autojump_clock: MockClock) -> None:
         most = max(most, began - ended)
     assert began == ended == 20
     assert most <= 4
+
+
+async def test_who_is_woken_with_a_place_goes_first_and_asks_for_none(autojump_clock: MockClock) -> None:
+    async with running(2) as (turns, gauge, nursery):
+
+        async def live(name: str, bell: Bell) -> None:
+            await bell.wait()
+            gauge.do(f"leaves {name}")
+
+        async def come(name: str) -> None:
+            await turns.take()
+            gauge.do(f"comes {name}")
+
+        bells = [Bell() for _ in range(9)]
+        for number, bell in enumerate(bells):
+            nursery.start_soon(live, str(number), bell)
+            nursery.start_soon(come, str(number))
+        await trio.lowlevel.checkpoint()
+        for bell in bells:
+            turns.wake(bell.ring)
+        assert turns.waiting
+    assert len(gauge.order) == 18
+    assert max(gauge.done.values()) <= 4  # in the first turn some have come already
+    before = [what for what in gauge.order[: gauge.order.index("leaves 8")] if what.startswith("comes")]
+    assert len(before) <= 4, "those that leave go first"
+
+
+async def test_when_nobody_gives_places_any_more_all_are_woken() -> None:
+    turns, rung = Turns(1), list[int]()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(turns.run)
+        for number in range(4):
+            turns.wake(partial(rung.append, number))
+        assert rung == [0]
+        nursery.cancel_scope.cancel()
+    assert rung == [0, 1, 2, 3]
+    turns.wake(partial(rung.append, 4))
+    assert rung[-1] == 4
 
 
 async def test_who_gives_up_waiting_holds_nobody_up(autojump_clock: MockClock) -> None:

@@ -175,6 +175,11 @@ class _Place:
     port: int | None
 
 
+def _is_navigation(head: RequestHead) -> bool:
+    """Whether somebody has followed a link (Fetch Metadata Request Headers, section 2)."""
+    return (head.header("sec-fetch-mode"), head.header("sec-fetch-dest")) == ("navigate", "document")
+
+
 def _is_forwarding(name: str) -> bool:
     return name.startswith(("x-", "forwarded", "via")) and _FORWARDING.fullmatch(name) is not None
 
@@ -221,7 +226,7 @@ class Access:
     # Who asks.
 
     def _visitor(self, head: RequestHead, peer: str) -> Visitor:
-        forwarding = sorted({name for name, _ in head.headers if name[:1] in "xfv" and _is_forwarding(name)})
+        forwarding = [name for name, _ in head.headers if name[:1] in "xfv" and _is_forwarding(name)]
         plain = self._known_visitor(peer)
         if not (forwarding or plain.trusted_peer):
             return plain
@@ -231,7 +236,7 @@ class Access:
                 peer,
                 f"Forwarding headers ignored: to believe this proxy set TRUSTED_PROXIES={peer}",
                 address=peer,
-                headers=forwarding,
+                headers=sorted(set(forwarding)),
             )
         return self._new_visitor(self._client(head, peer) if trusted else peer, trusted=trusted, proxied=True)
 
@@ -311,8 +316,7 @@ class Access:
                 self._refuse_origin(origin)
         # An <img> or <script> of a foreign page sends no Origin; browsers of today say it this way. A
         # link that somebody follows is fine.
-        navigation = (head.header("sec-fetch-mode"), head.header("sec-fetch-dest")) == ("navigate", "document")
-        if not origins and head.header("sec-fetch-site") == "cross-site" and not navigation:
+        if not origins and head.header("sec-fetch-site") == "cross-site" and not _is_navigation(head):
             raise _stranger("a page of another site may not use this server", "origin", origin=None)
 
     def _admitted(self, origin: str) -> bool:

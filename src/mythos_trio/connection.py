@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from mythos_trio.link import Link
     from mythos_trio.rounds import Cohort
     from mythos_trio.session import LiveSession
+    from mythos_trio.turns import Turns
 
 MAX_REPLIES: Final = 33
 READ_MESSAGES: Final = 256
@@ -112,6 +113,7 @@ class Connection:
         "expires_at",
         "frame_bucket",
         "framing",
+        "has_place",
         "heartbeat_at",
         "hub",
         "id",
@@ -127,6 +129,7 @@ class Connection:
         "replaced",
         "session",
         "starts_after",
+        "turns",
     )
 
     def __init__(
@@ -137,6 +140,7 @@ class Connection:
         link: Link,
         session: LiveSession,
         hub: Hub,
+        turns: Turns,
         address: str,
         observable: bool,
         opened_at: float,
@@ -150,6 +154,7 @@ class Connection:
         self.link = link
         self.session = session
         self.hub = hub
+        self.turns = turns
         self.address = address
         self.observable = observable
         self.opened_at = opened_at
@@ -160,6 +165,7 @@ class Connection:
         self.attached = False
         self.over: Close | None = None
         self.bell = Bell()  # rung when its task has something to do, or is to end
+        self.has_place = False  # its task has a place in the turn in which it takes leave
         self._scope: trio.CancelScope | None = None
         self.expires_at: float | None = None  # POSIX seconds: of the token, if there is one
         now = trio.current_time()
@@ -289,9 +295,17 @@ class Connection:
 
     def stop(self) -> None:
         """It is over, or its link is: its task goes on, and what that does in `stoppable` is cut off."""
-        self.bell.ring()
+        self.leave()
         if self._scope is not None:
             self._scope.cancel()
+
+    def leave(self) -> None:
+        """Nothing is to be done any more but to take leave: its task goes on when it has a place."""
+        self.turns.wake(self._ring_to_leave)
+
+    def _ring_to_leave(self) -> None:
+        self.has_place = True
+        self.bell.ring()
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:

@@ -86,6 +86,7 @@ class Link(trio.abc.HalfCloseableStream):
         "_receiving",
         "_sealed",
         "_wire",
+        "at_end",
         "ended",
         "ended_by",
         "last_received",
@@ -148,6 +149,8 @@ class Link(trio.abc.HalfCloseableStream):
         self.last_received = trio.current_time()
         """`trio.current_time` of the last byte from the peer."""
         self.received_bytes = 0
+        self.at_end = False
+        """Whether the peer sends nothing more, for sure: its end has been received."""
         self.sent_bytes = 0
         """Bytes that the link has given to the kernel: those that went past it (`express`) are not counted."""
 
@@ -294,7 +297,7 @@ class Link(trio.abc.HalfCloseableStream):
     def has_said_all(self) -> bool:
         """Whether the kernel has all that was sent, and nothing has come that was not received: `close` then loses
         nothing, if the peer sends nothing more."""
-        return not self.unsent and not self.unread()
+        return not self.unsent and (self.at_end or not self.unread())
 
     async def linger(self, seconds: float = LINGER_SECONDS, limit: int = LINGER_BYTES) -> None:
         """Close so that the peer gets what was sent: tell it that nothing follows, and for *seconds*
@@ -385,6 +388,8 @@ class Link(trio.abc.HalfCloseableStream):
         if data:
             self.last_received = trio.current_time() if now is None else now
             self.received_bytes += len(data)
+        else:
+            self.at_end = True
         return data
 
     def take_all(self) -> bytes:
@@ -553,6 +558,8 @@ class Link(trio.abc.HalfCloseableStream):
             if data:
                 self.last_received = trio.current_time()
                 self.received_bytes += len(data)
+            else:
+                self.at_end = True
             return data
         await trio.lowlevel.checkpoint_if_cancelled()
         self._raise_ended()

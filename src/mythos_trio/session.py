@@ -394,7 +394,7 @@ class LiveSession:
         if self.connections:
             return
         if (log := self.log) is not None and log.locate(self.seen) == log.head:
-            self.begin_rest(self.seen)
+            self._keep_rest(log)
         self._log = None
         if self.state is State.ONLINE:
             self.state = after(self.state, Happening.LAST_DETACH)
@@ -406,6 +406,13 @@ class LiveSession:
         """There is nothing of its stream after *after*. As long as only its topics speak, `rest` says so."""
         self.rest = self._hub.begin_log(self, after)
         self._seen_total = self.rest.total
+
+    def _keep_rest(self, log: Log) -> None:
+        """All of *log* has been seen."""
+        if log:
+            self.begin_rest(self.seen)
+        else:
+            self.rest, self._seen_total = log, log.total
 
     @property
     def floor(self) -> int:
@@ -461,7 +468,7 @@ class LiveSession:
     def _count_rounds(self) -> None:
         """Count what rounds have written to the lead since the last time, and what has surely arrived."""
         log, lead = self.log, self.lead
-        if lead is not None and log is not None:
+        if lead is not None and log is not None and log.head != self._told_index:
             if self.seen < lead.written:
                 self._count_round(log, self.seen)
                 self._deliveries.confirm(self.seen)

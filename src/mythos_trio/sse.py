@@ -12,7 +12,7 @@ from mythos_trio.core import wire
 from mythos_trio.core.errors import BUSY, RATE, TOO_BIG, Close, ErrorType, Refusal
 
 if TYPE_CHECKING:
-    from mythos_trio.access import Access
+    from mythos_trio.access import Access, Headers
     from mythos_trio.connection import Connection
     from mythos_trio.http1 import Head
     from mythos_trio.link import Link
@@ -44,6 +44,7 @@ class SSETransport:
         self._access = access
         self._clock = clock
         self._server_id = server_id
+        self._usual_opening = self._open_with(())
 
     def channel(self, link: Link) -> SSEChannel:
         return SSEChannel(link, self._poller)
@@ -51,13 +52,17 @@ class SSETransport:
     def opening(self, head: Head) -> bytes:
         """The answer's head. No length and no chunks: the stream ends with the connection (RFC 9112,
         section 6.3). Proxies are asked not to gather and not to compress."""
+        cors = self._access.cors_headers(head)
+        return self._open_with(cors) if cors else self._usual_opening
+
+    def _open_with(self, more: Headers) -> bytes:
         headers = [
             ("Content-Type", "text/event-stream; charset=utf-8"),
             ("Cache-Control", "no-cache, no-transform"),
             ("X-Accel-Buffering", "no"),
             ("Connection", "close"),
             ("Server-Id", self._server_id),
-            *self._access.cors_headers(head),
+            *more,
         ]
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
         return b"HTTP/1.1 200 OK\r\n" + lines.encode("latin-1") + b"\r\n"
@@ -130,4 +135,4 @@ class SSEChannel:
             link.unwatch()
             if link.ended is None:
                 self.left_with = _LEFT
-            connection.bell.ring()
+            connection.leave()

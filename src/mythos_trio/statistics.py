@@ -204,10 +204,10 @@ class Statistics:
 
     # Telling.
 
-    def established(self, transport: str, ms: float) -> None:
-        """A connection of *transport* (``websocket``, ``sse``) took *ms* from accept to welcome."""
+    def established(self, now: float, transport: str, ms: float) -> None:
+        """A connection of *transport* (``websocket``, ``sse``) took *ms* from accept to welcome, which is *now*."""
         self._established[transport].add(ms)
-        self._rates.connects.add(self._now(), 1)
+        self._rates.connects.add(now, 1)
 
     def published(self, n: int) -> None:
         self._published += n

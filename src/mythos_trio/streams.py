@@ -348,7 +348,8 @@ class Streams:
         try:
             await self._read(channel, connection)
             # It has left, or been ended, as perhaps a thousand others have in this moment.
-            await self._turns.take(begun=True)
+            if not connection.has_place:
+                await self._turns.take(begun=True)
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         except* Exception as group:
@@ -380,6 +381,7 @@ class Streams:
             link=arrival.link,
             session=session,
             hub=self._context.hub,
+            turns=self._turns,
             address=visitor.address,
             observable=not visitor.proxied,
             opened_at=self._context.clock.now(),
@@ -540,8 +542,9 @@ class Streams:
     def _log_connected(
         self, connection: Connection, session: LiveSession, arrival: _Arrival, position: str, resumed: bool
     ) -> None:
-        ms = (trio.current_time() - arrival.began) * 1000
-        self._context.statistics.established(connection.transport, ms)
+        now = trio.current_time()
+        ms = (now - arrival.began) * 1000
+        self._context.statistics.established(now, connection.transport, ms)
         event = f"{arrival.transport.title} connected"
         row = {
             "establishment_time_ms": round(ms, 3),

@@ -32,6 +32,7 @@ class Turns:
         self._places = places
         self._left = places
         self._begun = trio.lowlevel.ParkingLot()
+        self._woken: deque[Callable[[], None]] = deque()
         self._new = trio.lowlevel.ParkingLot()
         self._calls: deque[Callable[[], None]] = deque()
         self._last: deque[Callable[[], object]] = deque()
@@ -40,7 +41,7 @@ class Turns:
 
     @property
     def waiting(self) -> int:
-        return len(self._begun) + len(self._calls) + len(self._new)
+        return len(self._begun) + len(self._woken) + len(self._calls) + len(self._new)
 
     def take_now(self) -> bool:
         """Take a place in this turn, if there is one."""
@@ -54,6 +55,14 @@ class Turns:
         """There was no place (`take_now`): have *call* called in a later turn, where it can take one. It must not
         raise."""
         self._calls.append(call)
+
+    def wake(self, ring: Callable[[], None]) -> None:
+        """Have a task that has begun woken by *ring* when it has a place: now, or in a later turn. It then goes on
+        without asking for one (`take`), which would be a second time that it is woken. *ring* must not raise."""
+        if self._over or self.take_now():
+            ring()
+        else:
+            self._woken.append(ring)
 
     def at_end(self, call: Callable[[], object]) -> None:
         """Have *call* called at the end of the turn. It must not raise.
@@ -87,15 +96,23 @@ class Turns:
                         self._end_turn(until)
         finally:
             self._over = True  # tasks that end with this one may still have something to say
+            self._wake(len(self._woken))
             self._end_turn(math.inf)
 
     def _give_places(self, until: float) -> None:
         self._left = self._places
+        woken = min(self._left, len(self._woken))
+        self._left -= woken
+        self._wake(woken)
         self._let_go_on(self._begun)
         while self._left and (self._calls or self._new) and trio.current_time() < until:
             if self._calls:
                 self._calls.popleft()()
             self._let_go_on(self._new, 1)
+
+    def _wake(self, count: int) -> None:
+        for _ in range(count):
+            self._woken.popleft()()
 
     def _end_turn(self, until: float) -> bool:
         """Carry out what is put off to the end of the turn; whether that was done before *until*."""

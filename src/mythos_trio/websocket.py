@@ -180,7 +180,10 @@ class WebSocketChannel:
             done, self._error = False, error
         if not done:
             self._link.unwatch()
-            connection.bell.ring()
+            if self._left and not self._rest:
+                connection.leave()
+            else:
+                connection.bell.ring()
 
     def _take_now(self, connection: Connection) -> bool:
         data = self._link.receive_now(RECEIVE_BYTES, self._poller.now)
