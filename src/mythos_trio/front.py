@@ -21,7 +21,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
-from attrs import define, field, frozen
+from attrs import define, field
 
 from mythos_trio import logs
 from mythos_trio.bell import Bell
@@ -128,7 +128,7 @@ class Kind(Enum):
     APP = auto()
 
 
-@frozen
+@define  # not frozen: made for each connection, and to set a field would take three times as long
 class Route:
     kind: Kind
     player: str | None = None

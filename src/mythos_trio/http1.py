@@ -21,7 +21,7 @@ from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
 import h11
 import msgspec
 import trio
-from attrs import field, frozen
+from attrs import define, field
 
 from mythos_trio.core.errors import Close, ErrorType, Refusal
 from mythos_trio.link import Link
@@ -66,7 +66,7 @@ class HttpRefusal(Refusal):
         self.headers = headers
 
 
-@frozen
+@define  # not frozen: made for each connection, and to set a field would take three times as long
 class Head:
     """The head of a request."""
 

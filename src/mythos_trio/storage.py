@@ -108,7 +108,7 @@ class Recovered:
     timers: Sequence[SetTimer] = ()
 
 
-@frozen
+@define  # not frozen: made for each connection, and to set a field would take three times as long
 class ConnectionRow:
     """One open connection, as an operator's SQL sees it. *opened_at*: POSIX seconds."""
 

@@ -7,7 +7,7 @@ from enum import Enum, StrEnum
 from functools import lru_cache
 from typing import Final
 
-from attrs import evolve, frozen
+from attrs import define, evolve, frozen
 
 
 class State(StrEnum):
@@ -59,7 +59,7 @@ def after(state: State, happening: Happening) -> State:
         raise IllegalTransition(f"{happening.name} while {state}") from None
 
 
-@frozen
+@define  # not frozen: made for each connection, and to set a field would take three times as long
 class SessionRow:
     """A stored session. Times are POSIX seconds."""
 

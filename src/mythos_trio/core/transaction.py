@@ -72,7 +72,7 @@ class End:
 Effect: TypeAlias = Append | Subscribe | Unsubscribe | Begin | End
 
 
-@frozen
+@define  # not frozen: made for each connection, and to set a field would take three times as long
 class Admit:
     """A connection comes, and none of the player's sessions lives: `core.session.admission` says what happens.
 
@@ -105,7 +105,7 @@ class Answer:
     body: bytes
 
 
-@frozen
+@define  # not frozen: made for each connection, and to set a field would take three times as long
 class PresenceMark:
     """What a session's row says after this change: see `mythos_trio.core.session.Presence`."""
 
