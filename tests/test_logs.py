@@ -466,6 +466,16 @@ def test_looking_ahead_in_several_at_once_overlooks_none(several: list[dict[str,
             assert logs.hide_secrets(lines, text) == logs._SECRET.sub(logs._hidden, text)
 
 
+def test_what_is_hidden_in_the_file_is_hidden_on_the_console() -> None:
+    own = {"event": "x", "level": "INFO", "timestamp": 0.0}
+    for row in ({"d": {"password": 'a"b c'}}, {"d": [{"token": "a b"}]}, {"d": "password", "e": {"secret_key": "x y"}}):
+        for lines in (logs.Lines({**own, **row}), logs.Lines(own, [row])):
+            for text in (logs.render_json(lines, "s"), logs.render_console(lines, colours=False)):
+                hidden = logs.hide_secrets(lines, text)
+                assert '"***"' in hidden
+                assert not [secret for secret in ("b c", "a b", "x y") if secret in hidden]
+
+
 words = st.text(st.characters(codec="ascii", exclude_characters=" "), min_size=1)
 plain_fields = st.dictionaries(st.sampled_from("abc"), words | st.integers() | st.booleans() | st.floats() | st.none())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,8 @@ import trio.testing
 from trio.testing import MockClock
 
 from mythos_trio.bell import Bell
+from mythos_trio.core.errors import REMOVED
+from mythos_trio.link import LOST
 from mythos_trio.turns import PLACES, SECONDS, Turns
 from tests.support.games import Puppet
 from tests.support.play import play
@@ -153,6 +155,39 @@ async def test_many_come_back_and_leave_at_once(tmp_path: Path, autojump_clock: 
             await trio.sleep(2)
             assert not world.server.hub.connections
             await world.publish(broadcast=True, message={"type": "line", "content": "missed"})
+
+
+@pytest.mark.parametrize("how", ["ended", "reset", "left"])
+async def test_who_is_over_asks_for_one_place(
+    how: str, tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two for each, half as many leave in a turn as could."""
+    asked: list[object] = []
+    wake = Turns.wake
+
+    def counted(turns: Turns, ring: Callable[[], None]) -> None:
+        asked.append(ring)
+        wake(turns, ring)
+
+    monkeypatch.setattr(Turns, "wake", counted)
+    async with play(tmp_path / "m.db") as world:
+        streams = [
+            await world.sse("ann"),
+            await world.sse("bob"),
+            await world.websocket("ann"),
+            await world.websocket("cid"),
+        ]
+        hub = world.server.hub
+        for connection in list(hub.connections.values()):
+            if how == "ended":
+                connection.end(REMOVED)
+            elif how == "reset":
+                connection.link.reset(LOST, by="network")
+        for stream in streams if how == "left" else ():
+            stream.close()
+        await trio.sleep(1)
+        assert not hub.connections
+        assert len(asked) == 4
 
 
 async def test_a_call_waits_for_a_turn_without_a_task() -> None:

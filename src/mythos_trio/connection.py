@@ -95,7 +95,9 @@ class Connection:
         "_chunk",
         "_chunk_to",
         "_from",
+        "_has_place",
         "_index",
+        "_leaving",
         "_ping_mark",
         "_reply_room",
         "_scope",
@@ -113,7 +115,6 @@ class Connection:
         "expires_at",
         "frame_bucket",
         "framing",
-        "has_place",
         "heartbeat_at",
         "hub",
         "id",
@@ -165,7 +166,8 @@ class Connection:
         self.attached = False
         self.over: Close | None = None
         self.bell = Bell()  # rung when its task has something to do, or is to end
-        self.has_place = False  # its task has a place in the turn in which it takes leave
+        # Its task is to take leave, and has been woken for that in a turn in which it has a place.
+        self._leaving = self._has_place = False
         self._scope: trio.CancelScope | None = None
         self.expires_at: float | None = None  # POSIX seconds: of the token, if there is one
         now = trio.current_time()
@@ -300,12 +302,22 @@ class Connection:
             self._scope.cancel()
 
     def leave(self) -> None:
-        """Nothing is to be done any more but to take leave: its task goes on when it has a place."""
-        self.turns.wake(self._ring_to_leave)
+        """Nothing is to be done any more but to take leave: its task goes on when it has a place. Idempotent."""
+        if not self._leaving:
+            self._leaving = True
+            self.turns.wake(self._give_place)
 
-    def _ring_to_leave(self) -> None:
-        self.has_place = True
+    def _give_place(self) -> None:
+        self._has_place = True
         self.bell.ring()
+
+    async def wait_place(self) -> None:
+        """For its task, before it takes leave: until it has a place in a turn."""
+        if not self._leaving:
+            await self.turns.take(begun=True)
+            return
+        while not self._has_place:
+            await self.bell.wait()
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:

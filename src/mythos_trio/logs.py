@@ -448,17 +448,20 @@ def _show_fields(fields: Event) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = _printable(value if isinstance(value, str) else _in_json(value))
+    if not isinstance(value, str):
+        json_text = _in_json(value)
+        if json_text is not None and not json_text.startswith('"'):
+            return _printable(json_text)  # not quoted once more: what is hidden in it is found by its quotes
+        value = str(value) if json_text is None else msgspec.json.decode(json_text, type=str)
+    text = _printable(value)
     return repr(text) if " " in text or not text else text
 
 
-def _in_json(value: Any) -> str:
-    """As the file has it, without quotes."""
+def _in_json(value: Any) -> str | None:
     try:
-        text = _encoder.encode(value)
+        return _encoder.encode(value).decode()
     except _ODD:
-        return str(value)
-    return msgspec.json.decode(text, type=str) if text.startswith(b'"') else text.decode()
+        return None
 
 
 def _printable(text: str) -> str:

@@ -345,7 +345,7 @@ def _be_nice(niceness: int) -> None:
 
 class ThreadRunner:
     """One writer thread, *readers* reader threads, and one for what is done aside: nobody waits for that, so it has
-    what the others leave of the processor, and a tenth of it at least (`ASIDE_NICENESS`).
+    what the others leave of the processor, and at least a tenth of what each of them has (`ASIDE_NICENESS`).
 
     A cancelled call is left behind at once, so that a disk that hangs cannot keep the process; the
     thread goes on, and the next write waits for it.

@@ -348,8 +348,7 @@ class Streams:
         try:
             await self._read(channel, connection)
             # It has left, or been ended, as perhaps a thousand others have in this moment.
-            if not connection.has_place:
-                await self._turns.take(begun=True)
+            await connection.wait_place()
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         except* Exception as group:
