@@ -185,7 +185,7 @@ async def test_who_is_over_asks_for_one_place(
                 connection.link.reset(LOST, by="network")
         for stream in streams if how == "left" else ():
             stream.close()
-        await trio.sleep(1)
+        await trio.testing.wait_all_tasks_blocked()
         assert not hub.connections
         assert len(asked) == 4
 

@@ -313,9 +313,7 @@ class Connection:
 
     async def wait_place(self) -> None:
         """For its task, before it takes leave: until it has a place in a turn."""
-        if not self._leaving:
-            await self.turns.take(begun=True)
-            return
+        self.leave()
         while not self._has_place:
             await self.bell.wait()
 

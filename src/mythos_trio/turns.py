@@ -18,6 +18,8 @@ from typing import Final
 
 import trio
 
+from mythos_trio.bell import Bell
+
 PLACES: Final = 16
 # A fifth of what a turn of the event loop may take. It is looked at between two calls, of which each takes 2.5 ms at
 # most there.
@@ -31,8 +33,7 @@ class Turns:
     def __init__(self, places: int = PLACES) -> None:
         self._places = places
         self._left = places
-        self._begun = trio.lowlevel.ParkingLot()
-        self._woken: deque[Callable[[], None]] = deque()
+        self._begun: deque[Callable[[], None]] = deque()
         self._new = trio.lowlevel.ParkingLot()
         self._calls: deque[Callable[[], None]] = deque()
         self._last: deque[Callable[[], object]] = deque()
@@ -41,7 +42,7 @@ class Turns:
 
     @property
     def waiting(self) -> int:
-        return len(self._begun) + len(self._woken) + len(self._calls) + len(self._new)
+        return len(self._begun) + len(self._calls) + len(self._new)
 
     def take_now(self) -> bool:
         """Take a place in this turn, if there is one."""
@@ -62,7 +63,7 @@ class Turns:
         if self._over or self.take_now():
             ring()
         else:
-            self._woken.append(ring)
+            self._begun.append(ring)
 
     def at_end(self, call: Callable[[], object]) -> None:
         """Have *call* called at the end of the turn. It must not raise.
@@ -79,8 +80,14 @@ class Turns:
 
     async def take(self, *, begun: bool = False) -> None:
         """Take a place in this turn, or wait for one in a later turn."""
-        if not self.take_now():
-            await (self._begun if begun else self._new).park()
+        if self.take_now():
+            return
+        if begun:
+            bell = Bell()
+            self.wake(bell.ring)
+            await bell.wait()
+        else:
+            await self._new.park()
 
     async def run(self) -> None:
         """Give the places of each turn. Runs until it is cancelled, and sleeps while no place is taken."""
@@ -96,23 +103,21 @@ class Turns:
                         self._end_turn(until)
         finally:
             self._over = True  # tasks that end with this one may still have something to say
-            self._wake(len(self._woken))
+            self._wake_begun(len(self._begun))
             self._end_turn(math.inf)
 
     def _give_places(self, until: float) -> None:
-        self._left = self._places
-        woken = min(self._left, len(self._woken))
-        self._left -= woken
-        self._wake(woken)
-        self._let_go_on(self._begun)
+        begun = min(self._places, len(self._begun))
+        self._left = self._places - begun
+        self._wake_begun(begun)
         while self._left and (self._calls or self._new) and trio.current_time() < until:
             if self._calls:
                 self._calls.popleft()()
-            self._let_go_on(self._new, 1)
+            self._left -= len(self._new.unpark(count=min(self._left, 1)))
 
-    def _wake(self, count: int) -> None:
+    def _wake_begun(self, count: int) -> None:
         for _ in range(count):
-            self._woken.popleft()()
+            self._begun.popleft()()
 
     def _end_turn(self, until: float) -> bool:
         """Carry out what is put off to the end of the turn; whether that was done before *until*."""
@@ -123,7 +128,3 @@ class Turns:
                 self._left = 0  # nobody else has a place until this is done
                 return False
         return True
-
-    def _let_go_on(self, lot: trio.lowlevel.ParkingLot, most: int | None = None) -> None:
-        count = self._left if most is None else min(self._left, most)
-        self._left -= len(lot.unpark(count=count)) if count else 0

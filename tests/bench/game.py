@@ -2,7 +2,7 @@
 
 The server's own gauge (``loop_lag_ms``) is a clock's. On a machine that has other things to do it also shows
 how long the process had to wait for a processor. This one asks for the thread's processor time: what the server's own
-work kept the loop for. It costs a call for each turn (1-2 µs), which counts as the server's.
+work kept the loop for. It costs a call for each turn, which counts as the server's.
 """
 
 from __future__ import annotations
